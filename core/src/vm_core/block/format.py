@@ -1,0 +1,124 @@
+"""The contract of a format driver: it maps and allocates, and never moves guest data.
+
+The core wraps a :class:`Format` into a node that does the rest once for all formats: reads across runs, backing chains,
+copy-on-write, unaligned heads and tails, zero detection. It also holds a lock for the image around every call here, so
+a driver needs none of its own. A read-only driver implements ``open``, ``size`` and ``map``, plus ``read_special`` if
+it has compressed runs, and is about a page.
+
+Every write to a fresh allocation goes: ``allocate`` → the core writes the data → ``commit`` (or ``abort`` if that
+failed). Metadata may reach the disk only so that at every instant the image on disk is one that can be opened with
+everything in it that was flushed; ``flush`` owns that order.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..errors import UsageError
+from .mapping import Allocation, Mapping
+
+if TYPE_CHECKING:
+    from .node import Node
+    from .open import OpenContext
+
+
+class BackingReference(NamedTuple):
+    """What an image records of its backing image."""
+
+    filename: str
+    #: The recorded format's name, None where the image has none (it is then probed).
+    format: str | None = None
+
+
+class Format(ABC):
+    """One open image of a format."""
+
+    #: The storage that holds the metadata.
+    file: Node
+    readonly: bool = False
+    #: Bytes a unit of allocation has; 1 where there is none (raw).
+    cluster_size: int = 1
+    #: The recorded backing image, None for a standalone one.
+    backing_reference: BackingReference | None = None
+
+    @classmethod
+    @abstractmethod
+    def open(cls, file: Node, options: dict[str, Any], context: OpenContext) -> Format:
+        """Read and check the metadata in *file*, popping the *options* that are understood.
+
+        Raises ImageError with one sentence for anything wrong with the image; never loops or allocates by a number
+        from the image that was not checked first. ``context.readonly`` tells whether changes are wanted; further files
+        (data files, extents) are opened with ``context.open_child``, which passes the gate.
+        """
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """The virtual size in bytes."""
+
+    @abstractmethod
+    def map(self, offset: int, length: int) -> Iterable[Mapping]:
+        """Maximal runs that cover the range, in order. The range lies inside the image."""
+
+    def read_special(self, mapping: Mapping) -> bytes:
+        """The bytes of one SPECIAL run that :meth:`map` returned, exactly ``mapping.length`` of them.
+
+        Called without the image's lock, so that threads decompress side by side: only read from storage here.
+        """
+        raise NotImplementedError
+
+    # Writing. A driver that overrides none of these is read-only.
+
+    def allocate(self, offset: int, length: int) -> Sequence[Allocation]:
+        """Allocations that cover the range, in order, adjoining; fresh ones may reach beyond it to whole clusters."""
+        raise NotImplementedError
+
+    def commit(self, allocations: Sequence[Allocation]) -> None:
+        """The data of these fresh allocations has been written: make them what the guest sees."""
+        raise NotImplementedError
+
+    def abort(self, allocations: Sequence[Allocation]) -> None:
+        """The data of these fresh allocations could not be written: give the space back."""
+
+    def zero(self, offset: int, length: int, *, unmap: bool) -> bool:
+        """Make a range of whole clusters (or one that ends at the image's end) read as zeroes by metadata alone.
+
+        Returns False where the format cannot say so; the core then writes zeroes.
+        """
+        return False
+
+    def discard(self, offset: int, length: int) -> None:
+        """Give back whole clusters. What the guest reads there afterwards must not be older data of a backing image."""
+
+    def flush(self) -> None:
+        """Bring data and metadata to stable storage, in a safe order. Includes ``self.file.flush()``."""
+        self.file.flush()
+
+    def truncate(self, size: int) -> None:
+        """Change the virtual size; bytes gained read as zeroes (also where a backing image is longer)."""
+        raise UsageError("this format cannot change an image's size")
+
+    def close(self) -> None:
+        """Write back what is cached (unless read-only). The core closes the children."""
+
+    def children(self) -> dict[str, Node]:
+        """Nodes opened with ``context.open_child`` besides ``file`` and ``backing``, by role."""
+        return {}
+
+    def info(self) -> dict[str, Any]:
+        """Format-specific facts, in the shape of QEMU's ImageInfoSpecific ``data``."""
+        return {}
+
+    def check(self, *, repair: str = "") -> dict[str, Any]:
+        """Check the metadata; *repair* is ``""``, ``"leaks"`` or ``"all"``. Result in the shape of QEMU's ImageCheck."""
+        raise UsageError("this format cannot be checked")
+
+    @classmethod
+    def create(cls, file: Node, size: int, options: dict[str, Any]) -> None:
+        """Write an empty image of *size* bytes into *file* (an empty node), popping the create *options* known.
+
+        ``backing_file`` and ``backing_fmt`` are among *options* where the driver has the capability ``backing``.
+        """
+        raise UsageError("images of this format cannot be created")

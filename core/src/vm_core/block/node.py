@@ -1,0 +1,149 @@
+"""A node of the block graph: a protocol driver at the bottom, formats and filters above it.
+
+Nodes are synchronous and safe to call from several threads at once. Positions and lengths are bytes and need no
+alignment; a node whose storage wants aligned requests (O_DIRECT) sees to it itself. Failures raise
+:class:`vm_core.errors.BlockError` (an ``OSError`` with an errno).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping as Dict, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .mapping import Mapping
+
+if TYPE_CHECKING:
+    from .open import OpenContext
+
+#: A piece of memory that a request reads into or writes from. Only flat, contiguous byte views (format "B") are passed.
+Buffer = memoryview
+
+
+class Node(ABC):
+    """Something with bytes that can be read, and usually written."""
+
+    #: The name by which ``-blockdev``/QMP know the node (``#block123`` where none was given).
+    node_name: str = ""
+    #: The driver's name: ``qcow2``, ``file``.
+    driver: str = ""
+    #: What a person calls the image: a path or URI, shortest form that names it.
+    filename: str = ""
+    readonly: bool = False
+    #: Offsets and lengths that are multiples of this (bytes) are served without a bounce buffer.
+    request_alignment: int = 1
+    #: Allocation granularity in bytes (cluster, grain, block); 1 where the image has none.
+    cluster_size: int = 1
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Bytes that a guest sees."""
+
+    @abstractmethod
+    def read(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """Fill *buffers* in order from *offset* on. Bytes past :attr:`size` read as zeroes."""
+
+    def write(self, offset: int, buffers: Sequence[Buffer], *, fua: bool = False) -> None:
+        """Write *buffers* from *offset* on; with *fua* the bytes are stable when this returns.
+
+        On a protocol node a write past the end grows the storage; on a format node it raises EIO.
+        """
+        raise self.read_only_error()
+
+    def flush(self) -> None:
+        """Return once everything acknowledged before is on stable storage."""
+
+    def zero(self, offset: int, length: int, *, unmap: bool = False, fua: bool = False) -> None:
+        """Make the range read as zeroes, the cheapest way there is; *unmap* allows host space to be given back."""
+        raise self.read_only_error()
+
+    def discard(self, offset: int, length: int) -> None:
+        """The guest no longer needs these bytes. Advisory: may do nothing; parts of clusters are left alone."""
+        raise self.read_only_error()
+
+    @abstractmethod
+    def map(self, offset: int, length: int) -> Iterator[Mapping]:
+        """Runs that cover ``[offset, offset + length)`` of this node alone, in order, adjoining, cut to the range."""
+
+    def truncate(self, size: int) -> None:
+        """Change :attr:`size`. Bytes gained read as zeroes."""
+        raise self.read_only_error()
+
+    def allocated(self) -> int:
+        """Host bytes that the node and its storage take (``disk size`` / ``actual-size``); 0 where unknown."""
+        return 0
+
+    @property
+    def backing(self) -> Node | None:
+        """The node that answers for UNALLOCATED runs."""
+        return None
+
+    def children(self) -> Dict[str, Node]:
+        """Child nodes by role: ``file``, ``backing``, ``data-file``, …"""
+        return {}
+
+    def info(self) -> dict[str, Any]:
+        """Format-specific facts, in the shape of QEMU's ImageInfoSpecific ``data``."""
+        return {}
+
+    def invalidate(self) -> None:
+        """Forget cached contents of the storage: somebody else may have changed it."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Flush and release. Children that this node opened are closed too. A second call does nothing."""
+
+    def read_only_error(self) -> OSError:
+        """The error of a change to a node that allows none."""
+        import errno
+
+        from ..errors import BlockError
+
+        return BlockError.of(errno.EACCES if self.readonly else errno.ENOTSUP)
+
+    # Conveniences for programs and drivers, on top of the above.
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Return *length* bytes from *offset* on."""
+        data = bytearray(length)
+        if length:
+            self.read(offset, (memoryview(data),))
+        return bytes(data)
+
+    def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write *data* at *offset*."""
+        if len(data):
+            self.write(offset, (memoryview(data).cast("B"),))
+
+    def __enter__(self) -> Node:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class Protocol(Node):
+    """A node without children: it talks to the host or to a server."""
+
+    @classmethod
+    def claims(cls, filename: str) -> int:
+        """Score for a plain path without scheme (0: not mine), for drivers with the capability ``local``."""
+        return 0
+
+    @classmethod
+    def parse_filename(cls, filename: str) -> dict[str, Any]:
+        """Options that a file name stands for, prefix included: ``nbd://h/x`` → host, port, export."""
+        return {"filename": filename}
+
+    @classmethod
+    @abstractmethod
+    def open(cls, options: dict[str, Any], context: OpenContext) -> Protocol:
+        """Open from *options*, popping each that is understood; the opener refuses what is left over by name."""
+
+    @classmethod
+    def create(cls, options: dict[str, Any], size: int) -> None:
+        """Make (or truncate) the storage that *options* name with *size* bytes that read as zeroes."""
+        from ..errors import UsageError
+
+        raise UsageError(f"{cls.driver}: images cannot be created through this protocol")

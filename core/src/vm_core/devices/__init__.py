@@ -1,0 +1,1 @@
+"""Toolkits for authors of device frontends: registers, PCI, DMA, ATA, virtio."""

@@ -1,0 +1,53 @@
+"""Errors that a user, an image or a plugin can cause.
+
+Every error that should reach a person as one line derives from :class:`VmError`; programs print ``str(error)`` and
+exit. Anything else that escapes is a bug in this project and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+
+class VmError(Exception):
+    """A failure to be told in one line, without a traceback."""
+
+
+class UsageError(VmError):
+    """The command line or an option is wrong; the message names it and says what is accepted."""
+
+
+class PluginError(VmError):
+    """A plugin is absent, broken, in conflict or of another api version; the message says what mends it."""
+
+
+class ImageError(VmError):
+    """An image is malformed, unsupported or refused. ``str()`` reads ``NAME: REASON``."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}" if name else reason)
+        self.name = name
+        self.reason = reason
+
+
+class GateError(ImageError):
+    """An implicit open (backing file, data file, extent) was refused; the message names the option that allows it."""
+
+
+class LockError(ImageError):
+    """An image is in use by another process."""
+
+
+class BlockError(OSError):
+    """A failed request on a node, with an errno. Raised by nodes; turned into a device status by a frontend."""
+
+    @classmethod
+    def of(cls, code: int, text: str = "") -> BlockError:
+        """Make one from an ``errno`` constant, with the system's words where *text* is empty."""
+        return cls(code, text or os.strerror(code))
+
+    @property
+    def code(self) -> int:
+        """The errno, EIO where none was given."""
+        return self.errno or errno.EIO
