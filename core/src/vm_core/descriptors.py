@@ -62,8 +62,16 @@ class Descriptor:
     capabilities: frozenset[str] = attrs.field(default=frozenset(), converter=frozenset)
 
     def load(self) -> Any:
-        """Import and return the implementation named by this descriptor."""
-        return load_reference(self.implementation)
+        """Import and return the implementation named by this descriptor.
+
+        Raises PluginError, with the command that mends it, where it cannot be imported.
+        """
+        try:
+            return load_reference(self.implementation)
+        except (ImportError, AttributeError, SyntaxError) as error:
+            from .plugins import implementation_error
+
+            raise implementation_error(self, error) from error
 
 
 def load_reference(reference: str) -> Any:

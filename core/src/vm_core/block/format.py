@@ -40,6 +40,9 @@ class Format(ABC):
     readonly: bool = False
     #: Bytes a unit of allocation has; 1 where there is none (raw).
     cluster_size: int = 1
+    #: Bytes in which SPECIAL runs are turned into data: a partial read asks for whole units (and keeps the last ones).
+    #: None: clusters.
+    special_unit: int | None = None
     #: The recorded backing image, None for a standalone one.
     backing_reference: BackingReference | None = None
 
@@ -61,6 +64,10 @@ class Format(ABC):
     @abstractmethod
     def map(self, offset: int, length: int) -> Iterable[Mapping]:
         """Maximal runs that cover the range, in order. The range lies inside the image."""
+
+    def map_cached(self, offset: int, length: int) -> Sequence[Mapping] | None:
+        """What :meth:`map` would say, if that is known without any I/O; else None. Serves reads that must not block."""
+        return None
 
     def read_special(self, mapping: Mapping) -> bytes:
         """The bytes of one SPECIAL run that :meth:`map` returned, exactly ``mapping.length`` of them.

@@ -8,12 +8,14 @@ alignment; a node whose storage wants aligned requests (O_DIRECT) sees to it its
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping as Dict, Sequence
+from collections.abc import Iterator, Sequence
+from collections.abc import Mapping as Dict
 from typing import TYPE_CHECKING, Any
 
 from .mapping import Mapping
 
 if TYPE_CHECKING:
+    from .formatnode import FormatNode
     from .open import OpenContext
 
 #: A piece of memory that a request reads into or writes from. Only flat, contiguous byte views (format "B") are passed.
@@ -34,6 +36,9 @@ class Node(ABC):
     request_alignment: int = 1
     #: Allocation granularity in bytes (cluster, grain, block); 1 where the image has none.
     cluster_size: int = 1
+    #: Filters and raw images: every run of :meth:`map` is DATA of one child at a constant distance, so that walks go
+    #: on in that child.
+    transparent: bool = False
 
     @property
     @abstractmethod
@@ -62,6 +67,10 @@ class Node(ABC):
         """The guest no longer needs these bytes. Advisory: may do nothing; parts of clusters are left alone."""
         raise self.read_only_error()
 
+    def read_nowait(self, offset: int, buffers: Sequence[Buffer]) -> bool:
+        """Like :meth:`read`, but only if that cannot block. False: nothing is promised, call :meth:`read`."""
+        return False
+
     @abstractmethod
     def map(self, offset: int, length: int) -> Iterator[Mapping]:
         """Runs that cover ``[offset, offset + length)`` of this node alone, in order, adjoining, cut to the range."""
@@ -69,6 +78,16 @@ class Node(ABC):
     def truncate(self, size: int) -> None:
         """Change :attr:`size`. Bytes gained read as zeroes."""
         raise self.read_only_error()
+
+    def reserve(self, offset: int, length: int, *, full: bool = False) -> None:
+        """Set host space aside for a range that reads as zeroes, by writing it where *full* or nothing else is known."""
+        from .vectors import zero_views
+
+        while length > 0:
+            step = min(length, 4 * 1024 * 1024)
+            self.write(offset, zero_views(step))
+            offset += step
+            length -= step
 
     def allocated(self) -> int:
         """Host bytes that the node and its storage take (``disk size`` / ``actual-size``); 0 where unknown."""
@@ -79,6 +98,13 @@ class Node(ABC):
         """The node that answers for UNALLOCATED runs."""
         return None
 
+    def lease_runs(self, ranges: Sequence[tuple[int, int]]) -> tuple[FormatNode, int, list[Mapping]] | None:
+        """For :func:`vm_core.block.extents.plan`: lock the hull of the (offset, length) *ranges* for reading and map them.
+
+        Returns the node, its lock's ticket and the runs; None from a node that is simply read.
+        """
+        return None
+
     def children(self) -> Dict[str, Node]:
         """Child nodes by role: ``file``, ``backing``, ``data-file``, …"""
         return {}
@@ -86,6 +112,28 @@ class Node(ABC):
     def info(self) -> dict[str, Any]:
         """Format-specific facts, in the shape of QEMU's ImageInfoSpecific ``data``."""
         return {}
+
+    def event(self, name: str) -> None:
+        """A format driver tells its storage what it is about to do (``l2_load``, ``refblock_update``, …).
+
+        Test filters such as blkdebug act on it; everybody else ignores it.
+        """
+
+    def claim(self) -> None:
+        """From now on nobody else may write or resize this storage. Raises LockError where somebody does already."""
+
+    def reopen(self, *, readonly: bool) -> None:
+        """Change between read-only and read-write where the node is. Raises ImageError where it cannot."""
+        from ..errors import ImageError
+
+        if readonly != self.readonly:
+            raise ImageError(
+                self.filename, f"{self.driver}: cannot be reopened {'read-only' if readonly else 'for writing'}"
+            )
+
+    def identity(self) -> tuple[Any, ...] | None:
+        """What all openings of one piece of storage have in common (device and inode), None where unknown."""
+        return None
 
     def invalidate(self) -> None:
         """Forget cached contents of the storage: somebody else may have changed it."""

@@ -28,7 +28,7 @@ class Request:
     request: on the machine's I/O thread, without the device lock; in tests wherever the backend's completion runs.
     """
 
-    __slots__ = ("op", "offset", "length", "buffers", "fua", "unmap", "guest", "done", "status", "opaque")
+    __slots__ = ("buffers", "done", "fua", "guest", "length", "offset", "op", "opaque", "status", "unmap")
 
     def __init__(
         self,

@@ -21,9 +21,13 @@ class Bus:
         self.parent = parent
         self.devices: dict[str, Device] = {}
 
-    def free_address(self, device: Device) -> str | None:
-        """The first free place for *device*."""
+    def free_address(self, device: Device | None) -> str | None:
+        """The first free place for *device* (None: for any)."""
         n = 0
         while str(n) in self.devices:
             n += 1
         return str(n)
+
+    def has_room(self) -> bool:
+        """One more device fits without naming an address."""
+        return self.free_address(None) is not None

@@ -48,6 +48,13 @@ class Device(ABC):
     def unrealize(self) -> None:  # noqa: B027
         """Unplug: release ports, memory and interrupts."""
 
+    def boot_path(self) -> str | None:
+        """Its OpenFirmware path for the ``bootorder`` file, as SeaBIOS matches it; None where it cannot be booted from.
+
+        For example ``/pci@i0cf8/ide@1,1/drive@0/disk@0``. The device is realized.
+        """
+        return None
+
     def describe(self) -> str:
         """A few words for the boot status and ``info qtree``: ``IDE disk, 64 MiB, ide.0 unit 0``."""
         return self.driver

@@ -156,11 +156,7 @@ class GuestMemory:
     def views(self, address: int, length: int) -> list[memoryview]:
         """RAM bytes as views, one for each run of RAM they touch."""
         found = self.find(address)
-        if (
-            found is not None
-            and found.region.kind is RegionKind.RAM
-            and address + length <= found.start + found.size
-        ):
+        if found is not None and found.region.kind is RegionKind.RAM and address + length <= found.start + found.size:
             at = found.region.backing + found.offset + address - found.start
             return [self._view[at : at + length]]
         views = []

@@ -1,0 +1,1 @@
+"""Benchmarks: the same work done here and by the peer, interleaved in one run, reported as ratios."""

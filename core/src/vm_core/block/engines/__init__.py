@@ -1,0 +1,1 @@
+"""Host-I/O engines that core brings."""

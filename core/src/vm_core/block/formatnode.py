@@ -1,0 +1,594 @@
+"""The node of every format: it moves the data between what a driver maps.
+
+Theory of operation
+-------------------
+A :class:`~vm_core.block.format.Format` answers where guest bytes are and sets space aside; this node does the rest,
+once for all formats. Two kinds of locks make that safe with many threads:
+
+* the *metadata mutex* is held around every call of the driver except ``read_special``. Data is never read or written
+  under it (a driver that loads a table does so under it; that is the price of drivers without locks).
+* the *range lock* is a ticket on guest bytes, shared or exclusive, taken under the mutex (``rangelock.py``).
+
+Readers and writers in place hold a shared ticket from before they ask the driver for a mapping until their data has
+moved. Whatever changes a mapping – an allocating write, zeroing, discard – holds an exclusive ticket on whole clusters
+for as long. Why that is enough:
+
+1. *No stale mapping is used.* A mapping that a reader or in-place writer holds is of guest bytes on which it has a
+   ticket, and only the holder of an exclusive ticket on those bytes can change it.
+2. *No freed cluster is reused under a reader.* A host cluster is given back by a driver call that takes it away from
+   some guest range, made under that range's exclusive ticket; every reader that could have the cluster's address was on
+   that range and is gone. A cluster shared by several guest ranges (compressed, deduplicated) is given back only when
+   the last of them lets go, and the same holds for each.
+3. *Copy-on-write sees a stable world.* The head and tail that a fresh cluster needs are read under the exclusive ticket,
+   so no in-place write can slip between that copy and ``commit``.
+4. *Two writers never allocate the same cluster twice*: the second waits, then finds it in place.
+5. *Overlapping in-place writes* are not ordered. Neither are they by a disk.
+
+Order: a request takes tickets from the top of the graph downwards and at most one a node and level, so there is no cycle
+(see ``rangelock.py`` for the queueing). A ticket is never upgraded; a writer that finds it must allocate drops its shared
+ticket and asks anew for an exclusive one.
+
+A write to a fresh allocation is ``allocate`` → data → ``commit``; if the data cannot be written, ``abort``. The driver
+owns the order in which metadata becomes stable; :meth:`FormatNode.flush` makes the data stable first, outside the mutex,
+so that the driver's own flush of the file usually finds nothing left to do. With ``fua`` a write is followed by that
+flush: data in a cluster whose mapping is not on disk is not on disk either.
+
+Runs that only the driver can read (SPECIAL: compressed, encrypted) are transformed without any mutex, under the shared
+ticket. A partial read transforms a whole unit; the last few are kept, since guests read sequentially in small pieces.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping as Dict
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+from ..errors import BlockError, ImageError, VmError
+from .extents import Lease, Step, plan
+from .format import Format
+from .imagenode import ImageNode
+from .mapping import Allocation, Kind, Mapping
+from .node import Buffer, Node
+from .rangelock import EVERYTHING, RangeLock
+from .vectors import PIECE, cut, fill, scatter, total, zero_views
+
+#: Decompressed runs kept, and the largest kept.
+KEPT_RUNS = 16
+KEPT_LENGTH = 2 * 1024 * 1024
+#: Guest bytes that one step of :meth:`FormatNode.map` asks a driver for.
+MAP_STEP = 1 << 34
+#: Zeroes that a format cannot express are written in pieces of this many bytes.
+ZERO_STEP = 2 * 1024 * 1024
+#: Guest bytes that one call of a driver's zero or discard is given.
+CHANGE_STEP = 1 << 30
+#: Heads and tails of zeroes longer than this are zeroed by the storage instead of written.
+ZERO_BY_STORAGE = PIECE
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _as_block_errors(function: Callable[P, T]) -> Callable[P, T]:
+    """Damage that a driver finds on the way is an I/O error to whoever sent the request."""
+
+    @wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except VmError as error:
+            raise BlockError.of(errno.EIO, str(error)) from error
+        except BlockError:
+            raise
+        except OSError as error:
+            raise BlockError.of(error.errno or errno.EIO, error.strerror or str(error)) from error
+
+    return wrapper
+
+
+class FormatNode(ImageNode):
+    """An image: a format driver, its storage, and the backing image if there is one."""
+
+    def __init__(
+        self,
+        format: Format,
+        *,
+        driver: str = "",
+        filename: str = "",
+        backing: Node | None = None,
+        owned: Sequence[Node] = (),
+    ) -> None:
+        """*owned* are the nodes to close with this one, ``file`` and *backing* included where they belong to it."""
+        self.format = format
+        self.driver = driver or type(format).__name__.lower()
+        self.filename = filename or format.file.filename
+        self.readonly = format.readonly
+        self.cluster_size = format.cluster_size
+        self._backing = backing
+        self._owned = list(owned)
+        self._ranges = RangeLock()
+        self._mutex = self._ranges.mutex
+        self._kept: OrderedDict[tuple[int, int], bytes] = OrderedDict()
+        self._closed = False
+
+    # What it is
+
+    @property
+    def size(self) -> int:
+        return self.format.size
+
+    @property
+    def backing(self) -> Node | None:
+        return self._backing
+
+    def set_backing(self, node: Node | None, *, owned: bool = True) -> Node | None:
+        """Put another backing image in place and return the former one, which the caller now owns."""
+        with self.quiesce():
+            former, self._backing = self._backing, node
+            if former is not None and former in self._owned:
+                self._owned.remove(former)
+            if node is not None and owned:
+                self._owned.append(node)
+        return former
+
+    def children(self) -> Dict[str, Node]:
+        children = {"file": self.format.file, **self.format.children()}
+        if self._backing is not None:
+            children["backing"] = self._backing
+        return children
+
+    def info(self) -> dict[str, Any]:
+        with self._mutex:
+            return self.format.info()
+
+    def allocated(self) -> int:
+        return sum(node.allocated() for role, node in self.children().items() if role != "backing")
+
+    # Reading
+
+    @_as_block_errors
+    def read(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        length = total(buffers)
+        if not length:
+            return
+        size = self.format.size
+        if offset + length > size:
+            inside = max(0, size - offset)
+            fill(cut(buffers, inside, length - inside))
+            if not inside:
+                return
+            buffers, length = cut(buffers, 0, inside), inside
+        mutex = self._mutex
+        with mutex:
+            ticket = self._ranges.shared(offset, offset + length)
+            try:
+                runs = list(self.format.map(offset, length))
+            except BaseException:
+                self._ranges.drop(ticket)
+                raise
+        try:
+            if len(runs) == 1 and runs[0].kind is Kind.DATA:
+                storage = runs[0].storage
+                assert storage is not None
+                storage.read(runs[0].host, buffers)
+            else:
+                self._read_runs(offset, runs, buffers)
+        finally:
+            with mutex:
+                self._ranges.drop(ticket)
+
+    def read_nowait(self, offset: int, buffers: Sequence[Buffer]) -> bool:
+        length = total(buffers)
+        if offset + length > self.format.size or not self._mutex.acquire(blocking=False):
+            return False
+        ticket: int | None = None
+        try:
+            runs = self.format.map_cached(offset, length)
+            if runs is not None:
+                ticket = self._ranges.try_shared(offset, offset + length)
+        except (OSError, VmError):
+            return False  # the ordinary way will meet the error again and tell it
+        finally:
+            self._mutex.release()
+        if runs is None or ticket is None:
+            return False
+        try:
+            if len(runs) == 1 and runs[0].kind is Kind.DATA:
+                storage = runs[0].storage
+                return storage is not None and storage.read_nowait(runs[0].host, buffers)
+            for run in runs:
+                piece = cut(buffers, run.offset - offset, run.length)
+                if run.kind is Kind.DATA and run.storage is not None:
+                    if not run.storage.read_nowait(run.host, piece):
+                        return False
+                elif run.kind is Kind.ZERO or (run.kind is Kind.UNALLOCATED and self._backing is None):
+                    fill(piece)
+                elif run.kind is Kind.UNALLOCATED and self._backing is not None:
+                    if not self._backing.read_nowait(run.offset, piece):
+                        return False
+                else:
+                    return False
+            return True
+        finally:
+            self._ranges.release(ticket)
+
+    def lease_runs(self, ranges: Sequence[tuple[int, int]]) -> tuple[FormatNode, int, list[Mapping]]:
+        start = min([offset for offset, _ in ranges])
+        end = max([offset + length for offset, length in ranges])
+        with self._mutex:
+            ticket = self._ranges.shared(start, end)
+            try:
+                runs = [run for offset, length in ranges for run in self.format.map(offset, length)]
+            except BaseException:
+                self._ranges.drop(ticket)
+                raise
+        return self, ticket, runs
+
+    def _read_runs(self, offset: int, runs: Sequence[Mapping], buffers: Sequence[Buffer]) -> None:
+        """Read what *runs* of this node resolve to. The range is locked by the caller."""
+        leases: list[Lease] = []
+        try:
+            for step in plan(self, runs, leases):
+                piece = cut(buffers, step.offset - offset, step.length)
+                if step.special is not None:
+                    assert step.owner is not None
+                    step.owner._read_special(step.special, piece)
+                elif step.storage is None:
+                    fill(piece)
+                else:
+                    step.storage.read(step.host, piece)
+        finally:
+            for node, ticket in leases:
+                node._ranges.release(ticket)
+
+    def _read_special(self, run: Mapping, buffers: Sequence[Buffer]) -> None:
+        """Fill *buffers* from a SPECIAL run. Its range is locked by the caller, at least shared."""
+        unit = self.format.special_unit or self.cluster_size
+        start = run.offset - run.offset % unit
+        end = min(-(-(run.offset + run.length) // unit) * unit, self.format.size)
+        if start == run.offset and end == run.offset + run.length and run.length > KEPT_LENGTH:
+            scatter(self._transform(run), buffers)
+            return
+        position, stop = run.offset, run.offset + run.length
+        whole: list[Mapping] | None = None
+        while position < stop:
+            kept = self._find_kept(position)
+            if kept is None:
+                if whole is None:
+                    # The mapping may be cut to the request; the driver wants whole units, and we too, to keep them.
+                    with self._mutex:
+                        whole = list(self.format.map(start, end - start))
+                found = next(one for one in whole if one.offset <= position < one.offset + one.length)
+                if found.kind is not Kind.SPECIAL:
+                    raise ImageError(self.filename, f"{self.driver}: inconsistent mapping at {position}")
+                data = self._transform(found)
+                kept = (found.offset, data)
+                if len(data) <= KEPT_LENGTH:
+                    with self._mutex:
+                        self._kept[found.offset, found.offset + found.length] = data
+                        if len(self._kept) > KEPT_RUNS:
+                            self._kept.popitem(last=False)
+            origin, data = kept
+            length = min(stop, origin + len(data)) - position
+            scatter(
+                memoryview(data)[position - origin : position - origin + length],
+                cut(buffers, position - run.offset, length),
+            )
+            position += length
+
+    def _transform(self, run: Mapping) -> bytes:
+        data = self.format.read_special(run)
+        if len(data) != run.length:
+            raise ImageError(self.filename, f"{self.driver}: {len(data)} bytes for a run of {run.length}")
+        return data
+
+    def _find_kept(self, position: int) -> tuple[int, bytes] | None:
+        with self._mutex:
+            for (start, end), data in self._kept.items():
+                if start <= position < end:
+                    return start, data
+        return None
+
+    def _forget(self, start: int, end: int) -> None:
+        """Drop kept runs that overlap the range. Called with the mutex held."""
+        if self._kept:
+            for key in [key for key in self._kept if key[0] < end and start < key[1]]:
+                del self._kept[key]
+
+    # Writing
+
+    @_as_block_errors
+    def _write(self, offset: int, length: int, buffers: Sequence[Buffer], fua: bool) -> None:
+        if not self._write_in_place(offset, length, buffers):
+            with self._exclusive(*self._clusters(offset, length)):
+                self._write_allocating(offset, length, buffers)
+        if fua:
+            self.flush()
+
+    def _write_in_place(self, offset: int, length: int, buffers: Sequence[Buffer]) -> bool:
+        """Overwrite what is there; False, with nothing written, where any of it must be allocated first."""
+        ranges = self._ranges
+        with self._mutex:
+            ticket = ranges.shared(offset, offset + length)
+            try:
+                runs = list(self.format.map(offset, length))
+            except BaseException:
+                ranges.drop(ticket)
+                raise
+            for run in runs:
+                if run.kind is not Kind.DATA or not run.writable:
+                    ranges.drop(ticket)
+                    return False
+        try:
+            for run in runs:
+                assert run.storage is not None
+                run.storage.write(run.host, cut(buffers, run.offset - offset, run.length))
+        finally:
+            ranges.release(ticket)
+        return True
+
+    def _clusters(self, offset: int, length: int) -> tuple[int, int]:
+        """The hull of whole clusters of a range."""
+        size = self.cluster_size
+        return offset - offset % size, -(-(offset + length) // size) * size
+
+    @contextmanager
+    def _exclusive(self, start: int, end: int) -> Iterator[None]:
+        """Nobody else reads or writes the range, nor has read it meanwhile."""
+        with self._mutex:
+            ticket = self._ranges.exclusive(start, end)
+            self._forget(start, end)
+        try:
+            yield
+        finally:
+            self._ranges.release(ticket)
+
+    def _write_allocating(self, offset: int, length: int, buffers: Sequence[Buffer]) -> None:
+        """Write through ``allocate``. The clusters are locked exclusively by the caller."""
+        with self._mutex:
+            allocations = list(self.format.allocate(offset, length))
+        fresh = [one for one in allocations if one.fresh]
+        try:
+            self._check_allocations(offset, length, allocations)
+            for group in _groups(allocations):
+                self._fill_group(offset, length, buffers, group)
+        except BaseException:
+            if fresh:
+                with self._mutex:
+                    self.format.abort(fresh)
+            raise
+        if fresh:
+            with self._mutex:
+                self.format.commit(fresh)
+
+    def _check_allocations(self, offset: int, length: int, allocations: Sequence[Allocation]) -> None:
+        """A driver's mistake must not become a write to the wrong place."""
+        start, end = self._clusters(offset, length)
+        position = allocations[0].offset if allocations else -1
+        if not start <= position <= offset:
+            raise ImageError(self.filename, f"{self.driver}: bad allocation for {offset}+{length}")
+        for one in allocations:
+            if one.offset != position or one.length <= 0:
+                raise ImageError(self.filename, f"{self.driver}: allocations for {offset}+{length} do not adjoin")
+            position += one.length
+        if not offset + length <= position <= end:
+            raise ImageError(self.filename, f"{self.driver}: bad allocation for {offset}+{length}")
+
+    def _fill_group(self, offset: int, length: int, buffers: Sequence[Buffer], group: Sequence[Allocation]) -> None:
+        """Write the part of a request that goes to adjoining host space, with the head and tail that the guest saw."""
+        first, last = group[0], group[-1]
+        start, end = first.offset, last.offset + last.length
+        begin, finish = max(start, offset), min(end, offset + length)
+        vector = cut(buffers, begin - offset, finish - begin)
+        host = first.host
+        if first.fresh and begin > start:
+            head = self._former_bytes(start, begin - start, first)
+            if head is None:
+                host += begin - start
+            else:
+                vector[:0] = head
+        if last.fresh and end > finish:
+            tail = self._former_bytes(finish, end - finish, last)
+            if tail is not None:
+                vector.extend(tail)
+        first.storage.write(host, vector)
+
+    def _former_bytes(self, offset: int, length: int, target: Allocation) -> list[Buffer] | None:
+        """What the guest reads in the range now, as vectors to write, None where nothing needs to be written."""
+        size = self.format.size
+        inside = max(0, min(length, size - offset))
+        leases: list[Lease] = []
+        try:
+            steps: list[Step] = []
+            if inside:
+                with self._mutex:
+                    runs = list(self.format.map(offset, inside))
+                steps = plan(self, runs, leases)
+            if all(step.storage is None and step.special is None for step in steps):
+                if target.zeroed:
+                    return None
+                if length > ZERO_BY_STORAGE:
+                    target.storage.zero(target.host + offset - target.offset, length)
+                    return None
+                return zero_views(length)
+            data = memoryview(bytearray(length))
+            for step in steps:
+                piece = [data[step.offset - offset : step.offset - offset + step.length]]
+                if step.special is not None:
+                    assert step.owner is not None
+                    step.owner._read_special(step.special, piece)
+                elif step.storage is not None:
+                    step.storage.read(step.host, piece)
+            return [data]
+        finally:
+            for node, ticket in leases:
+                node._ranges.release(ticket)
+
+    # Zeroing and discarding
+
+    @_as_block_errors
+    def _zero(self, offset: int, length: int, unmap: bool, fua: bool) -> None:
+        end = offset + length
+        unit = self.cluster_size
+        size = self.format.size
+        start, stop = -(-offset // unit) * unit, end if end == size else end - end % unit
+        if start >= stop:
+            self._zero_part(offset, end, unmap)
+        else:
+            if offset < start:
+                self._zero_part(offset, start, unmap)
+            for begin, finish in _portions(start, stop, unit):
+                with self._exclusive(begin, -(-finish // unit) * unit):
+                    self._zero_clusters(begin, finish, unmap)
+            if stop < end:
+                self._zero_part(stop, end, unmap)
+        if fua:
+            self.flush()
+
+    def _zero_part(self, start: int, end: int, unmap: bool) -> None:
+        """Zero within the clusters at the range's ends, wholly by metadata where the rest of them is zeroes already."""
+        first, last = self._clusters(start, end - start)
+        last_inside = min(last, self.format.size)
+        with self._exclusive(first, last):
+            if self._reads_zero(start, end):
+                return
+            if self._reads_zero(first, start) and self._reads_zero(end, last_inside):
+                self._zero_clusters(first, last_inside, unmap)
+            else:
+                self._write_zeroes(start, end)
+
+    def _zero_clusters(self, start: int, end: int, unmap: bool) -> None:
+        with self._mutex:
+            if self.format.zero(start, end - start, unmap=unmap):
+                return
+        self._write_zeroes(start, end)
+
+    def _write_zeroes(self, start: int, end: int) -> None:
+        """Zeroes as data. The clusters are locked exclusively by the caller."""
+        while start < end:
+            step = min(end - start, ZERO_STEP - start % ZERO_STEP)
+            if not self._reads_zero(start, start + step):
+                self._write_allocating(start, step, zero_views(step))
+            start += step
+
+    def _reads_zero(self, start: int, end: int) -> bool:
+        """Whether metadata says that the range reads as zeroes. The range is locked by the caller."""
+        if start >= end:
+            return True
+        leases: list[Lease] = []
+        try:
+            with self._mutex:
+                runs = list(self.format.map(start, end - start))
+            return all(step.storage is None and step.special is None for step in plan(self, runs, leases))
+        finally:
+            for node, ticket in leases:
+                node._ranges.release(ticket)
+
+    @_as_block_errors
+    def _discard(self, offset: int, length: int) -> None:
+        unit = self.cluster_size
+        end = offset + length
+        start, stop = -(-offset // unit) * unit, end if end == self.format.size else end - end % unit
+        for begin, finish in _portions(start, stop, unit):
+            with self._exclusive(begin, -(-finish // unit) * unit), self._mutex:
+                self.format.discard(begin, finish - begin)
+
+    # The whole image
+
+    @_as_block_errors
+    def flush(self) -> None:
+        if self.readonly:
+            return
+        self.format.file.flush()
+        for node in self.format.children().values():
+            node.flush()
+        with self._mutex:
+            self.format.flush()
+
+    @contextmanager
+    def quiesce(self) -> Iterator[Format]:
+        """Have the driver to oneself: every request is finished and new ones wait. For check, snapshots, resizing.
+
+        Call the driver as one likes inside, from this thread; do not read or write through the node.
+        """
+        with self._exclusive(0, EVERYTHING):
+            yield self.format
+
+    @_as_block_errors
+    def truncate(self, size: int) -> None:
+        if self.readonly:
+            raise self.read_only_error()
+        with self._exclusive(0, EVERYTHING), self._mutex:
+            self.format.truncate(size)
+
+    @_as_block_errors
+    def map(self, offset: int, length: int) -> Iterator[Mapping]:
+        return self._map(offset, length)
+
+    def _map(self, offset: int, length: int) -> Iterator[Mapping]:
+        end = offset + length
+        limit = min(end, self.format.size)
+        while offset < limit:
+            step = min(MAP_STEP, limit - offset)
+            with self._mutex:
+                runs = list(self.format.map(offset, step))
+            yield from runs
+            offset += step
+        if offset < end:
+            yield Mapping(Kind.EOF, offset, end - offset)
+
+    def read_special(self, run: Mapping) -> bytes:
+        """The bytes of a SPECIAL run of :meth:`map` or of a walk, for programs that move data themselves."""
+        data = bytearray(run.length)
+        with self._mutex:
+            ticket = self._ranges.shared(run.offset, run.offset + run.length)
+        try:
+            self._read_special(run, [memoryview(data)])
+        finally:
+            self._ranges.release(ticket)
+        return bytes(data)
+
+    def identity(self) -> tuple[Any, ...] | None:
+        return self.format.file.identity()
+
+    def close(self) -> None:
+        """Flush, let the driver write back, close what belongs to this node: all of it, even if a step fails."""
+        if self._closed:
+            return
+        self._closed = True
+        failure: BaseException | None = None
+        steps: list[Callable[[], None]] = [self.flush, self.format.close, *[node.close for node in self._owned]]
+        for step in steps:
+            try:
+                step()
+            except (OSError, VmError) as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+
+def _portions(start: int, end: int, unit: int) -> Iterator[tuple[int, int]]:
+    """A long range in portions of whole clusters, so that others get a turn between them."""
+    step = max(CHANGE_STEP // unit, 1) * unit
+    while start < end:
+        stop = min(end, start + step)
+        yield start, stop
+        start = stop
+
+
+def _groups(allocations: Sequence[Allocation]) -> Iterator[list[Allocation]]:
+    """Neighbours that one write can fill: of the same freshness, adjoining on the host too."""
+    group: list[Allocation] = []
+    for one in allocations:
+        if group:
+            last = group[-1]
+            if last.storage is one.storage and last.fresh == one.fresh and last.host + last.length == one.host:
+                group.append(one)
+                continue
+            yield group
+        group = [one]
+    if group:
+        yield group

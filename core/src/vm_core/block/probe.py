@@ -1,0 +1,72 @@
+"""Which format an image is of: the signatures and probe functions of all installed format drivers, by score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING
+
+from ..descriptors import FormatDriver, Signature, load_reference
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .node import Node
+
+#: Bytes from the start of a file that formats are recognised by, and from the end those with a footer.
+HEAD = 64 * 1024
+TAIL = 64 * 1024
+
+
+def format_drivers() -> Sequence[FormatDriver]:
+    """Every healthy format driver."""
+    from ..plugins import registry
+
+    return [driver for driver in registry().all("format") if isinstance(driver, FormatDriver)]
+
+
+@cache
+def _function(reference: str) -> Callable[[bytes, int, str], int]:
+    function: Callable[[bytes, int, str], int] = load_reference(reference)
+    return function
+
+
+def score(driver: FormatDriver, head: bytes, tail: bytes, size: int, filename: str) -> int:
+    """How sure *driver* is that an image of *size* bytes that begins with *head* and ends with *tail* is its own."""
+    best = max(
+        (mark.score for mark in driver.signatures if mark.score > 0 and _matches(mark, head, tail)),
+        default=0,
+    )
+    if driver.probe is not None:
+        best = max(best, _function(driver.probe)(head, size, filename))
+    return best
+
+
+def _matches(mark: Signature, head: bytes, tail: bytes) -> bool:
+    if mark.offset >= 0:
+        return head.startswith(mark.magic, mark.offset)
+    start = len(tail) + mark.offset
+    return start >= 0 and tail.startswith(mark.magic, start)
+
+
+def guess(head: bytes, tail: bytes, size: int, filename: str = "") -> str:
+    """The name of the format with the highest score, ``raw`` where no driver has any."""
+    best, name = 0, "raw"
+    for driver in format_drivers():
+        found = score(driver, head, tail, size, filename)
+        if found > best:
+            best, name = found, driver.name
+    return name
+
+
+def probe(file: Node) -> str:
+    """The name of the format of the image in *file*."""
+    size = file.size
+    head = file.pread(0, min(size, HEAD))
+    if size <= HEAD:
+        tail = head[-TAIL:]
+    elif any(mark.offset < 0 for driver in format_drivers() for mark in driver.signatures):
+        tail = file.pread(size - TAIL, TAIL)
+    else:
+        tail = b""
+    return guess(head, tail, size, file.filename)

@@ -1,0 +1,84 @@
+"""Locks on byte ranges, shared or exclusive, first come first served.
+
+Each request takes a ticket. It waits only for earlier tickets that conflict with it – overlap it, with one of the two
+exclusive – whether those are held or still waiting. So nobody starves, and as long as nodes lock from the top of a
+graph to its bottom and ask once a node and request, nobody deadlocks.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+from threading import Condition, Lock
+
+#: An end beyond every offset.
+EVERYTHING = 1 << 63
+
+
+class RangeLock:
+    """Tickets on ranges, protected by :attr:`mutex`, which the owner also uses for what else it must protect."""
+
+    __slots__ = ("_changed", "_exclusives", "_held", "_tickets", "_waiting", "mutex")
+
+    def __init__(self) -> None:
+        self.mutex = Lock()
+        self._changed = Condition(self.mutex)
+        #: Ticket → (start, end, exclusive), held or waiting, in order of arrival.
+        self._held: dict[int, tuple[int, int, bool]] = {}
+        self._tickets = count()
+        #: Exclusive tickets, held or waiting: none in most moments, which makes shared ones cheap.
+        self._exclusives = 0
+        self._waiting = 0
+
+    def shared(self, start: int, end: int) -> int:
+        """Take a shared ticket, waiting for it. Call with :attr:`mutex` held (it is released while waiting)."""
+        ticket = next(self._tickets)
+        self._held[ticket] = (start, end, False)
+        if self._exclusives:
+            self._wait(ticket, start, end, False)
+        return ticket
+
+    def try_shared(self, start: int, end: int) -> int | None:
+        """Take a shared ticket if that needs no waiting. Call with :attr:`mutex` held."""
+        if self._exclusives and self._blocked(-1, start, end, False):
+            return None
+        ticket = next(self._tickets)
+        self._held[ticket] = (start, end, False)
+        return ticket
+
+    def exclusive(self, start: int, end: int) -> int:
+        """Take an exclusive ticket, waiting for it. Call with :attr:`mutex` held (it is released while waiting)."""
+        ticket = next(self._tickets)
+        self._held[ticket] = (start, end, True)
+        self._exclusives += 1
+        self._wait(ticket, start, end, True)
+        return ticket
+
+    def drop(self, ticket: int) -> None:
+        """Give a ticket back. Call with :attr:`mutex` held."""
+        if self._held.pop(ticket)[2]:
+            self._exclusives -= 1
+        if self._waiting:
+            self._changed.notify_all()
+
+    def release(self, ticket: int) -> None:
+        """Give a ticket back. Call without :attr:`mutex`."""
+        with self.mutex:
+            self.drop(ticket)
+
+    def _wait(self, ticket: int, start: int, end: int, exclusive: bool) -> None:
+        if not self._blocked(ticket, start, end, exclusive):
+            return
+        self._waiting += 1
+        try:
+            while self._blocked(ticket, start, end, exclusive):
+                self._changed.wait()
+        finally:
+            self._waiting -= 1
+
+    def _blocked(self, ticket: int, start: int, end: int, exclusive: bool) -> bool:
+        for other, (begin, finish, other_exclusive) in self._held.items():
+            if other == ticket:
+                return False
+            if (exclusive or other_exclusive) and begin < end and start < finish:
+                return True
+        return False

@@ -1,0 +1,195 @@
+"""The format ``raw``: the bytes of a file, or a window of them.
+
+It keeps no metadata, so it needs none of the locks of other formats and passes requests straight through.
+
+A raw image that was recognised only because nothing else matched is guarded: a guest could write the header of another
+format into it, with a backing file of its choice, and have it believed at the next open. Writes after which the image
+would probe as something else fail with EPERM, as they do in QEMU; naming the format lifts the guard.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping as Dict
+from typing import TYPE_CHECKING, Any
+
+from ..errors import BlockError, ImageError, UsageError
+from .imagenode import ImageNode
+from .mapping import Kind, Mapping
+from .node import Buffer, Node
+from .vectors import cut, fill, gather, total
+
+if TYPE_CHECKING:
+    from .open import OpenContext
+
+#: Bytes at the start and at the end of an image that its probe looks at.
+GUARDED = 64 * 1024
+
+#: What the image would be taken for, from its first and last bytes.
+Guess = Callable[[bytes, bytes], str]
+
+
+class RawNode(ImageNode):
+    """*size* bytes of *file* from *offset* on; to its end where *size* is None."""
+
+    driver = "raw"
+    transparent = True
+
+    def __init__(
+        self,
+        file: Node,
+        *,
+        offset: int = 0,
+        size: int | None = None,
+        readonly: bool | None = None,
+        owned: Sequence[Node] = (),
+    ) -> None:
+        if offset < 0 or (size is not None and size < 0):
+            raise UsageError("raw: offset and size cannot be negative")
+        if offset > file.size:
+            raise ImageError(file.filename, f"raw: offset {offset} is past the end of the file ({file.size} bytes)")
+        if size is not None and offset + size > file.size:
+            raise ImageError(
+                file.filename,
+                f"raw: offset {offset} and size {size} reach past the end of the file ({file.size} bytes)",
+            )
+        self.file = file
+        self.filename = file.filename
+        self.readonly = file.readonly if readonly is None else readonly or file.readonly
+        self.request_alignment = file.request_alignment
+        self.offset = offset
+        self._window = size
+        self._guess: Guess | None = None
+        self._owned = list(owned)
+        self._closed = False
+
+    @classmethod
+    def open(cls, options: dict[str, Any], context: OpenContext) -> Node:
+        file = context.open_file(options)
+        try:
+            return cls(
+                file,
+                offset=int(options.pop("offset", 0)),
+                size=options.pop("size", None),
+                readonly=context.readonly,
+                owned=context.owned(file),
+            )
+        except BaseException:
+            for node in context.owned(file):
+                node.close()
+            raise
+
+    @classmethod
+    def create(cls, file: Node, size: int, options: dict[str, Any]) -> None:
+        """Give *file* *size* bytes of zeroes."""
+        preallocation = options.pop("preallocation", "off")
+        file.truncate(size)
+        if preallocation != "off" and size:
+            file.reserve(0, size, full=preallocation == "full")
+
+    def guard(self, guess: Guess) -> None:
+        """Refuse writes after which *guess* would not say ``raw``."""
+        self._guess = guess
+
+    @property
+    def size(self) -> int:
+        return max(0, self.file.size - self.offset) if self._window is None else self._window
+
+    def read(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        if self._window is not None:
+            length = total(buffers)
+            if offset + length > self._window:
+                inside = max(0, self._window - offset)
+                fill(cut(buffers, inside, length - inside))
+                buffers = cut(buffers, 0, inside)
+                if not inside:
+                    return
+        self.file.read(self.offset + offset, buffers)
+
+    def read_nowait(self, offset: int, buffers: Sequence[Buffer]) -> bool:
+        if self._window is not None and offset + total(buffers) > self._window:
+            return False
+        return self.file.read_nowait(self.offset + offset, buffers)
+
+    def _write(self, offset: int, length: int, buffers: Sequence[Buffer], fua: bool) -> None:
+        if self._guess is not None:
+            self._check_guard(offset, length, buffers)
+        self.file.write(self.offset + offset, buffers, fua=fua)
+
+    def _check_guard(self, offset: int, length: int, buffers: Sequence[Buffer]) -> None:
+        assert self._guess is not None
+        size = self.size
+        if offset >= GUARDED and offset + length <= size - GUARDED:
+            return
+        head = bytearray(self.pread(0, min(size, GUARDED)))
+        start = max(0, size - GUARDED)
+        tail = bytearray(self.pread(start, size - start))
+        for target, base in ((head, 0), (tail, start)):
+            begin, end = max(offset, base), min(offset + length, base + len(target))
+            if begin < end:
+                target[begin - base : end - base] = gather(cut(buffers, begin - offset, end - begin))
+        guess = self._guess(bytes(head), bytes(tail))
+        if guess != self.driver:
+            raise BlockError.of(
+                errno.EPERM, f"{self.filename}: the write would make this raw image look like {guess}; open it as raw"
+            )
+
+    def _zero(self, offset: int, length: int, unmap: bool, fua: bool) -> None:
+        self.file.zero(self.offset + offset, length, unmap=unmap, fua=fua)
+
+    def _discard(self, offset: int, length: int) -> None:
+        self.file.discard(self.offset + offset, length)
+
+    def flush(self) -> None:
+        if not self.readonly:
+            self.file.flush()
+
+    def map(self, offset: int, length: int) -> Iterator[Mapping]:
+        inside = max(0, min(length, self.size - offset))
+        if inside:
+            yield Mapping(Kind.DATA, offset, inside, self.file, self.offset + offset, not self.readonly)
+        if inside < length:
+            yield Mapping(Kind.EOF, offset + inside, length - inside)
+
+    def truncate(self, size: int) -> None:
+        if self.readonly:
+            raise self.read_only_error()
+        if self._window is not None:
+            raise ImageError(self.filename, "raw: an image with a fixed size cannot be resized")
+        self.file.truncate(self.offset + size)
+
+    def reserve(self, offset: int, length: int, *, full: bool = False) -> None:
+        self.file.reserve(self.offset + offset, length, full=full)
+
+    def allocated(self) -> int:
+        return self.file.allocated()
+
+    def children(self) -> Dict[str, Node]:
+        return {"file": self.file}
+
+    def event(self, name: str) -> None:
+        self.file.event(name)
+
+    def reopen(self, *, readonly: bool) -> None:
+        if readonly != self.readonly:
+            if readonly:
+                self.flush()
+            self.file.reopen(readonly=readonly)
+            self.readonly = readonly
+
+    def invalidate(self) -> None:
+        self.file.invalidate()
+
+    def identity(self) -> tuple[Any, ...] | None:
+        return self.file.identity()
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.flush()
+        finally:
+            for node in self._owned:
+                node.close()

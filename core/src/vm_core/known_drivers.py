@@ -1,0 +1,63 @@
+"""Which distribution brings a driver that is not installed: data for one error message.
+
+Only names of this project's own family stand here; a driver of somebody else's plugin needs no entry to work.
+"""
+
+from __future__ import annotations
+
+#: kind → driver name → distribution.
+KNOWN_DRIVERS: dict[str, dict[str, str]] = {
+    "device": {
+        "ahci": "vm-ahci",
+        "floppy": "vm-floppy",
+        "ich9-ahci": "vm-ahci",
+        "ide-cd": "vm-ide",
+        "ide-hd": "vm-ide",
+        "isa-fdc": "vm-floppy",
+        "lsi53c895a": "vm-lsi",
+        "nvme": "vm-nvme",
+        "piix3-ide": "vm-ide",
+        "scsi-cd": "vm-virtio-scsi",
+        "scsi-hd": "vm-virtio-scsi",
+        "usb-storage": "vm-usb-storage",
+        "virtio-blk": "vm-virtio-blk",
+        "virtio-blk-pci": "vm-virtio-blk",
+        "virtio-scsi-pci": "vm-virtio-scsi",
+    },
+    "engine": {
+        "io_uring": "vm-io-uring",
+    },
+    "format": {
+        "bochs": "vm-bochs",
+        "cloop": "vm-cloop",
+        "dmg": "vm-dmg",
+        "luks": "vm-luks",
+        "parallels": "vm-parallels",
+        "qcow": "vm-qcow",
+        "qcow2": "vm-qcow2",
+        "qed": "vm-qed",
+        "vdi": "vm-vdi",
+        "vhdx": "vm-vhdx",
+        "vmdk": "vm-vmdk",
+        "vpc": "vm-vpc",
+    },
+    "protocol": {
+        "curl": "vm-curl",
+        "http": "vm-curl",
+        "https": "vm-curl",
+        "iscsi": "vm-iscsi",
+        "nbd": "vm-nbd",
+        "nfs": "vm-nfs",
+        "rbd": "vm-ceph",
+        "sheepdog": "vm-sheepdog",
+        "ssh": "vm-ssh",
+    },
+    "accelerator": {
+        "kvm": "vm-kvm",
+        "unicorn": "vm-unicorn",
+    },
+    "export": {
+        "fuse": "vm-fuse",
+        "vhost-user-blk": "vm-vhost-user",
+    },
+}
