@@ -1,0 +1,66 @@
+"""Disk images and the virtual machines on top of them, in Python.
+
+    import vm_core
+
+    with vm_core.open("disk.qcow2") as image:           # any installed format, probed; read-only
+        boot_sector = image.read(512)
+        for run in image.map():
+            print(run.start, run.length, "data" if run.data else "hole")
+
+    vm_core.create("new.qcow2", "10G", format="qcow2")
+    with vm_core.open("new.qcow2", "r+") as image:      # locked against other writers, QEMU included
+        image.seek(1 << 20)
+        image.write(b"hello")
+        image.flush()
+
+Everything here is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .block.cache import CacheMode
+    from .block.gate import Gate
+    from .errors import BlockError, GateError, ImageError, LockError, PluginError, UsageError, VmError
+    from .image import Image, MapEntry, create, open
+
+__all__ = [
+    "BlockError",
+    "CacheMode",
+    "Gate",
+    "GateError",
+    "Image",
+    "ImageError",
+    "LockError",
+    "MapEntry",
+    "PluginError",
+    "UsageError",
+    "VmError",
+    "create",
+    "open",
+]
+
+_WHERE = {
+    "CacheMode": "vm_core.block.cache",
+    "Gate": "vm_core.block.gate",
+    "Image": "vm_core.image",
+    "MapEntry": "vm_core.image",
+    "create": "vm_core.image",
+    "open": "vm_core.image",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'vm_core' has no attribute {name!r}")
+    from importlib import import_module
+
+    found: object = getattr(import_module(_WHERE.get(name, "vm_core.errors")), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,6 +7,7 @@ shell completion are made from them alone, so loading every plugin imports no im
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import attrs
@@ -43,6 +44,10 @@ class Signature:
     score: int = 100
 
 
+def _words(words: Iterable[str]) -> frozenset[str]:
+    return frozenset(words)
+
+
 @attrs.frozen(kw_only=True)
 class Descriptor:
     """The part common to every kind.
@@ -59,7 +64,7 @@ class Descriptor:
     api: int = API_VERSION
     options: tuple[Option, ...] = ()
     aliases: tuple[str, ...] = ()
-    capabilities: frozenset[str] = attrs.field(default=frozenset(), converter=frozenset)
+    capabilities: frozenset[str] = attrs.field(default=frozenset(), converter=_words)
 
     def load(self) -> Any:
         """Import and return the implementation named by this descriptor.

@@ -109,10 +109,10 @@ def _headers(folder: str, name: str, version: str) -> tuple[str, str]:
 
 def _scan_other(path: list[str] | None) -> Iterator[tuple[str, str, str]]:
     """The same through :mod:`importlib.metadata`, for what is not a plain directory."""
-    import importlib.metadata
-
     if path is not None and not os.path.exists(path[0]):
         return
+    import importlib.metadata
+
     for found in importlib.metadata.distributions(**({} if path is None else {"path": path})):
         try:
             name, version, text = found.metadata["Name"], found.version, found.read_text("entry_points.txt")

@@ -250,7 +250,7 @@ def test_device_configuration(rig: MakeRig) -> None:
     )
     for pci in (ModernPci(made.access, made.heap), LegacyPci(made.access, made.heap)):
         fields = {
-            (0, 4): 4096, (4, 4): 0, (8, 4): 0, (12, 4): 126, (16, 2): 4, (18, 1): 16, (19, 1): 63, (20, 4): 4096,
+            (0, 4): 4096, (4, 4): 0, (8, 4): 0, (12, 4): 126, (16, 2): 4, (18, 1): 16, (19, 1): 56, (20, 4): 4096,
             (24, 1): 2, (25, 1): 0, (26, 2): 2, (28, 4): 16, (32, 1): 1, (34, 2): 3, (36, 4): 4194303, (40, 4): 1,
             (44, 4): 128, (48, 4): 4194303, (52, 4): 1, (56, 1): 1, (1, 1): 16, (57, 1): 0, (60, 4): 0,
         }  # fmt: skip
@@ -265,9 +265,8 @@ def test_a_resize_interrupts_and_changes_the_generation(started: Started) -> Non
     disk.pci.isr()
     modern = isinstance(disk.pci, ModernPci)
     before = disk.pci.common(21, 1) if isinstance(disk.pci, ModernPci) else None
-    rig.backend.data.extend(bytes(1 << 20))
-    with rig.board.lock:
-        rig.device.virtio.resized()
+    rig.backend.resize(2 << 20)
+    rig.board.io.run_until_idle()
     assert rig.board.irq
     assert disk.pci.isr() == 2
     assert disk.pci.config(0, 4) == 4096

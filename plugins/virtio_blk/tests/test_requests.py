@@ -33,7 +33,7 @@ def test_written_sectors_are_read_back(started: Started) -> None:
 def test_requests_of_one_kick_are_one_batch_and_one_interrupt(started: Started) -> None:
     """Everything available at a kick reaches the backend in one call and comes back with one interrupt."""
     rig, disk = started()
-    sent = [disk.send(disk.OUT, i, data=bytes([i]) * 512, kick=False) for i in range(20)]
+    sent = [disk.send(disk.OUT, i, data=bytes([i]) * 512, kick=False) for i in range(0, 40, 2)]
     assert disk.pci.rings[0].publish()
     disk.pci.kick(0)
     rig.board.io.run_until_idle()
@@ -44,7 +44,54 @@ def test_requests_of_one_kick_are_one_batch_and_one_interrupt(started: Started) 
     assert disk.pci.isr() == 1
     assert not rig.board.irq
     assert [disk.wait(p)[0] for p in sent] == [OK] * 20
-    assert rig.backend.data[19 * 512] == 19
+    assert rig.backend.data[38 * 512] == 38
+
+
+def test_neighbours_of_a_batch_become_one_host_request(started: Started) -> None:
+    """Reads or writes that follow each other are joined, in order, and only those."""
+    rig, disk = started()
+    rig.backend.data[:] = random.Random(3).randbytes(1 << 20)
+    plan = [(0, 8), (8, 8), (16, 1), (18, 2), (20, 1), (4, 1), (5, 2)]
+    sent = [disk.send(disk.IN, sector, length=512 * count, kick=False) for sector, count in plan]
+    sent.append(disk.send(disk.OUT, 7, data=b"w" * 512, kick=False))
+    sent.append(disk.send(disk.OUT, 8, data=b"v" * 512, kick=False))
+    sent += [disk.send(disk.FLUSH, kick=False), disk.send(disk.FLUSH, kick=False)]
+    disk.pci.rings[0].publish()
+    disk.pci.kick(0)
+    before = bytes(rig.backend.data)
+    answers = [disk.wait(p) for p in sent]
+    assert [status for status, _ in answers] == [OK] * 11
+    assert [data for _, data in answers[:7]] == [before[512 * s : 512 * (s + n)] for s, n in plan]
+    assert rig.backend.data[3584:4608] == b"w" * 512 + b"v" * 512
+    assert [(op, offset // 512, length // 512) for op, offset, length, _ in rig.backend.log] == [
+        (Op.READ, 0, 17),
+        (Op.READ, 18, 3),
+        (Op.READ, 4, 3),
+        (Op.WRITE, 7, 2),
+        (Op.FLUSH, 0, 0),
+        (Op.FLUSH, 0, 0),
+    ]
+
+
+def test_a_failed_run_is_tried_part_by_part(started: Started) -> None:
+    """Of joined requests only those fail that fail alone."""
+    rig, disk = started()
+    rig.backend.bad = range(1536, 2048)
+    sent = [disk.send(disk.OUT, i, data=bytes([i]) * 512, kick=False) for i in range(6)]
+    disk.pci.rings[0].publish()
+    disk.pci.kick(0)
+    assert [disk.wait(p)[0] for p in sent] == [OK, OK, OK, IOERR, OK, OK]
+    assert rig.backend.batches == [1, 6]
+
+
+def test_merging_can_be_turned_off(started: Started) -> None:
+    """request-merging=off leaves requests as they come."""
+    rig, disk = started(request_merging="off")
+    sent = [disk.send(disk.IN, i, length=512, kick=False) for i in range(6)]
+    disk.pci.rings[0].publish()
+    disk.pci.kick(0)
+    assert [disk.wait(p)[0] for p in sent] == [OK] * 6
+    assert rig.backend.batches == [6]
 
 
 def test_a_kick_does_no_work_on_the_cpu(started: Started) -> None:

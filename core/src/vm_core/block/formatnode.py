@@ -107,6 +107,7 @@ class FormatNode(ImageNode):
         self.filename = filename or format.file.filename
         self.readonly = format.readonly
         self.cluster_size = format.cluster_size
+        self.request_alignment = format.file.request_alignment
         self._backing = backing
         self._owned = list(owned)
         self._ranges = RangeLock()

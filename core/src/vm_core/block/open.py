@@ -50,6 +50,8 @@ _QUICK: dict[str, tuple[str, str, str]] = {
 #: What holds the writes of ``snapshot=on``.
 SNAPSHOT_FORMAT = "qcow2"
 
+_COMMON = ("read-only", "auto-read-only", "force-share", "discard", "detect-zeroes", "cache")
+
 _DOTTED = re.compile(r"(driver|node-name|(file|backing)(\.[A-Za-z0-9_-]+)+)=")
 _ABSENT: Any = object()
 
@@ -347,6 +349,8 @@ def _open_one(options: dict[str, Any], context: OpenContext, *, image: bool = Tr
         if not context.share and (driver != "raw" or not context.share_writes):
             file.claim()
         context._file = file
+        node: Node
+        pending: _Pending | None
         if not context.filename:
             context.filename = file.filename
         mark = file.identity()
@@ -566,6 +570,7 @@ def _follow_one(
     raw_allowed = context.gate.check(context.filename, role, shown, path)
     if path is not None:
         _check_loop(context, role, path)
+        options["file"] = {"driver": "file" if _is_plain(path) else _local_protocol(path), "filename": path}
     child = context.child(
         readonly=readonly, auto_readonly=context.auto_readonly and not readonly, filename="", detect_zeroes="off"
     )
@@ -590,7 +595,7 @@ def _follow_one(
 
 
 def _resolve_name(reference: str, image: str) -> tuple[dict[str, Any], str | None]:
-    """A name in an image as options, and as a path where it is one. Relative paths start at the image's directory."""
+    """A name in an image as options, or as a path where it is one. Relative paths start at the image's directory."""
     if reference.startswith("json:"):
         return parse_spec(reference), None
     if reference.startswith("file:"):
@@ -598,7 +603,7 @@ def _resolve_name(reference: str, image: str) -> tuple[dict[str, Any], str | Non
     elif SCHEME.match(reference):
         return {"filename": reference}, None
     path = os.path.join(os.path.dirname(image), reference)
-    return {"file": {"driver": "file" if _is_plain(path) else _local_protocol(path), "filename": path}}, path
+    return {}, path
 
 
 def _check_loop(context: OpenContext, role: str, path: str) -> None:
@@ -622,7 +627,7 @@ def _loop(context: OpenContext, role: str, name: str) -> ImageError:
 def _take_common(options: dict[str, Any], context: OpenContext) -> str:
     """Take the options that every node has out of *options* into *context*; returns the node's name."""
     name = str(options.pop("node-name", None) or "")
-    if len(options) == 1 and "filename" in options:
+    if not any(key in options for key in _COMMON):
         return name
     from ..options import parse_bool
 

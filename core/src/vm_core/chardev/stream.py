@@ -151,6 +151,11 @@ class Terminal:
         self._fd = fd
         self._saved: list[Any] | None = None
 
+    @property
+    def is_raw(self) -> bool:
+        """The terminal is as :meth:`raw` set it."""
+        return self._saved is not None
+
     def raw(self, *, signals: bool) -> None:
         """Characters at once and unechoed; with *signals* Ctrl-C still interrupts ``vm`` itself."""
         if not os.isatty(self._fd):
@@ -202,6 +207,7 @@ class Stdio(Stream):
         Stdio._taken = id
         self.signal = signal
         self.terminal = Terminal(0)
+        self._line_open = False
 
     def resumed(self) -> None:
         """The shell has brought us back to the foreground, and has set the terminal up its own way."""
@@ -213,7 +219,15 @@ class Stdio(Stream):
         self.terminal.raw(signals=self.signal)
         self.start(loop, 0, 1)
 
+    def write(self, data: bytes) -> None:
+        if data:
+            self._line_open = not data.endswith(b"\n")
+        super().write(data)
+
     def close(self) -> None:
+        if self._line_open and self.terminal.is_raw:
+            self.write(b"\r\n")  # the shell's prompt begins on a line of its own
+            self.drain()
         super().close()
         self.terminal.restore()
         Stdio._taken = None

@@ -140,8 +140,8 @@ def parse(words: Sequence[str]) -> CommandLine:
         if not word.startswith("-") or word == "-":
             given.append(Given("hda", word, word))
             continue
-        spelled = word
-        name, equals, attached = word[1 + word.startswith("--") :].partition("=")
+        spelled, equals, attached = word.partition("=")
+        name = spelled[1 + word.startswith("--") :]
         argument = _BY_NAME.get(name)
         if argument is None:
             raise _unknown(spelled, name)

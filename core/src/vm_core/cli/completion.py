@@ -13,7 +13,7 @@ _vm() {
     local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} words=
     case "$prev" in
 @CASES@
-        -@(@FILES@)|--@(@FILES@)) mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return;;
+        @FILES@) mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return;;
         *) [[ $cur == -* ]] && words='@OPTIONS@' || { mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return; };;
     esac
     # Values are lists of key=value: complete the part behind the last comma.
@@ -22,12 +22,11 @@ _vm() {
     mapfile -t COMPREPLY < <(compgen -P "$head" -W "$words" -- "${cur##*,}")
     [[ ${COMPREPLY[0]} == *= ]] && compopt -o nospace
 }
-shopt -s extglob
 COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
 complete -o filenames -F _vm vm
 """
 
-_FILES = "hda|hdb|hdc|hdd|cdrom|fda|fdb|kernel|initrd|bios|trust"
+_FILES = ("hda", "hdb", "hdc", "hdd", "cdrom", "fda", "fdb", "kernel", "initrd", "bios", "trust")
 
 
 def script(shell: str) -> str:
@@ -61,4 +60,6 @@ def script(shell: str) -> str:
         f"        -{name}|--{name}) words='{' '.join(sorted(set(each)))}';;" for name, each in words.items()
     )
     names = [f"-{name}" for argument in ARGUMENTS for name in (argument.name, *argument.aliases)]
-    return _SCRIPT.replace("@CASES@", cases).replace("@FILES@", _FILES).replace("@OPTIONS@", " ".join(names)).rstrip()
+    files = "|".join(f"-{name}|--{name}" for name in _FILES)
+    filled = _SCRIPT.replace("@CASES@", cases).replace("@FILES@", files)
+    return filled.replace("@OPTIONS@", " ".join(names)).rstrip()

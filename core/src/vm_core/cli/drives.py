@@ -5,6 +5,7 @@ Everything here is text and tables; :mod:`.assemble` opens the images.
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 import attrs
@@ -169,15 +170,13 @@ def _place(specs: list[DriveSpec]) -> None:
         if spec.index is None and (spec.bus is not None or spec.unit is not None) and spec.interface != "none":
             bus, unit = spec.bus or 0, spec.unit
             if unit is None:
-                unit = next(n for n in range(1 << 16) if (spec.interface, bus * (units or 1) + n) not in taken)
+                unit = next(n for n in count() if (spec.interface, bus * (units or 1) + n) not in taken)
             if units and unit >= units:
                 raise UsageError(f"{spec.spelled}: unit {unit} is too big: a {spec.interface} bus has {units}")
             spec.index = bus * units + unit if units else bus + unit
         elif spec.index is None:
-            # A CD-ROM without a place is the third IDE drive, as with -cdrom.
-            start = 2 if spec.media == "cdrom" and spec.interface == "ide" else 0
-            order = [*range(start, start + len(specs) + 4), *range(start)]
-            spec.index = next(n for n in order if (spec.interface, n) not in taken and not _reserved(specs, spec, n))
+            free = (n for n in count() if (spec.interface, n) not in taken and not _reserved(specs, spec, n))
+            spec.index = next(free)
         if spec.index < 0:
             raise UsageError(f"{spec.spelled}: index= counts from 0")
         other = taken.get((spec.interface, spec.index))

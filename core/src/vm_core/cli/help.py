@@ -16,6 +16,16 @@ DEVICE_OPTIONS: tuple[Option, ...] = (
 )
 
 
+_BOOT = (
+    "order=cdn          drives in order of preference: a, b floppy, c disk, d CD-ROM, n network",
+    "once=d             the same, for the first boot only",
+    "menu=on|off        let the firmware show its boot menu",
+    "splash-time=MS     how long the menu waits",
+    "reboot-timeout=MS  reboot after so long when nothing could be booted",
+    "strict=on|off      boot from nothing that is not named",
+)
+
+
 def text(option: str, name: str) -> str | None:
     """The help of ``-option name,help`` (*name* is ``help`` for ``-option help``); None where there is none."""
     asked_all = name in ("help", "?")
@@ -32,10 +42,7 @@ def text(option: str, name: str) -> str | None:
     if option == "chardev":
         return _chardevs()
     if option == "boot":
-        return "order=cdn   drives in order of preference: a, b floppy, c disk, d CD-ROM, n network\n" + "\n".join(
-            ["once=…     the same, for the first boot only", "menu=on    let the firmware show its boot menu"]
-            + ["strict=on  boot from nothing that is not named"]
-        )
+        return "\n".join(_BOOT)
     return None
 
 
@@ -55,10 +62,8 @@ def _drive() -> str:
 
 
 def _block_drivers() -> str:
-    return "\n\n".join(
-        [listing.drivers("format", "Formats:"), listing.drivers("protocol", "Protocols:")]
-        + ["-blockdev NAME,help lists the options of one."]
-    )
+    hint = "-blockdev NAME,help lists the options of one."
+    return "\n\n".join([listing.drivers("format", "Formats:"), listing.drivers("protocol", "Protocols:"), hint])
 
 
 def _block_driver(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -36,10 +37,8 @@ def size(count: int) -> str:
 def drive_layers(drive: Drive) -> Layer:
     """The picture of one drive."""
     backend = drive.backend
-    cache = ["off" if not backend.write_cache else "volatile"]
-    cache = [f"cache={backend.cache.name}", f"aio={backend.engine_name}", f"write cache {cache[0]}"]
-    if backend.readonly:
-        cache = [cache[0], cache[1], "read-only"]
+    cache = [f"cache={backend.cache.name}", f"aio={drive.engine}"]
+    cache.append("read-only" if backend.readonly else f"write cache {'on' if backend.write_cache else 'off'}")
     below = (
         (node_layers(backend.node),) if backend.node is not None else (Layer("medium", "none", "the tray is empty"),)
     )
@@ -74,10 +73,8 @@ def short_path(path: str) -> str:
     if "://" in path or path.startswith("json:"):
         return path
     candidates = [path]
-    try:
+    with contextlib.suppress(ValueError, OSError):  # another drive (Windows), a directory that is gone
         candidates.append(os.path.relpath(path))
-    except ValueError:
-        pass
     home = os.path.expanduser("~")
     if path.startswith(home + os.sep):
         candidates.append("~" + path[len(home) :])

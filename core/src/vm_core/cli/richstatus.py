@@ -57,6 +57,9 @@ class RichStatus(Status):
         super().assembled(assembly)
         self._picture = _tree(assembly)
 
+    def warn(self, text: str) -> None:
+        self.console.print(Text(f"vm: warning: {text}", style="yellow"))
+
     def hand_over(self) -> None:
         with self._stopping:
             if self._over:
@@ -99,7 +102,10 @@ class RichStatus(Status):
         now = time.monotonic()
         for phase in phases:
             done = phase.ended is not None
-            mark: RenderableType = Text("✓", style="green") if done or self._final else self._spinner
+            mark: RenderableType = self._spinner
+            if done or self._final:
+                failed = self.failed and phase is phases[-1]
+                mark = Text("✗", style="bold red") if failed else Text("✓", style="green")
             elapsed = (phase.ended or now) - phase.began
             table.add_row(
                 mark,

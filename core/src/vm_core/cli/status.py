@@ -60,6 +60,7 @@ class Status:
         self.phases: list[Phase] = []
         self.assembly: Assembly | None = None
         self.paused = False
+        self.failed = False
         self._lock = threading.Lock()
 
     def begin(self, name: str, text: str = "") -> None:
@@ -100,12 +101,19 @@ class Status:
     def changed(self, phase: Phase) -> None:
         """*phase* began, ended or has another text."""
 
+    def warn(self, text: str) -> None:
+        """Something the user should know."""
+        print(f"vm: warning: {text}", file=sys.stderr)
+
     def hand_over(self) -> None:
         """The guest's console has the terminal from now on. Any thread; returns when nothing more will be written."""
 
+    def fail(self) -> None:
+        """The phase that runs did not succeed; the error follows."""
+        self.failed = True
+
     def close(self) -> None:
         """The machine has ended, or could not be made."""
-        self.hand_over()
 
 
 class PlainStatus(Status):
@@ -144,8 +152,8 @@ class PlainStatus(Status):
             pass
 
 
-def make(kind: str | None, *, nographic: bool, stdio: bool) -> Status:
-    """The status that ``--status`` asks for; *stdio* tells that the guest's console or a monitor is on this terminal.
+def make(kind: str | None, *, nographic: bool) -> Status:
+    """The status that ``--status`` asks for.
 
     ``auto`` is rich where standard input and output are terminals, and plain lines elsewhere; with -nographic there is
     nothing but the guest, as with QEMU.

@@ -180,5 +180,14 @@ class Accelerator(ABC):
     def unbind_kick(self, address: int, size: int, fd: int, *, port: bool, value: int | None = None) -> None:
         """Undo :meth:`bind_kick`."""
 
+    def bind_msi(self, fd: int, address: int, data: int) -> bool:
+        """Turn signals of eventfd *fd* into the interrupt of *data* written to *address* (irqfd), or into another one
+        if *fd* is bound already. False: not offered here.
+        """
+        return False
+
+    def unbind_msi(self, fd: int) -> None:  # noqa: B027
+        """Undo :meth:`bind_msi`."""
+
     def close(self) -> None:
         """Release everything; vCPUs are closed."""

@@ -36,6 +36,10 @@ class PortSpace:
             if self._table[port] is ports:
                 self._table[port] = None
 
+    def find(self, port: int) -> PortRange | None:
+        """Whose *port* is."""
+        return self._table[port]
+
     def read(self, port: int, size: int) -> int:
         """IN of *size* bytes (1, 2, 4). Called with the device lock held."""
         found = self._table[port]

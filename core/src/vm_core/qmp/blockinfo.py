@@ -14,15 +14,15 @@ def block_info(drive: Drive) -> dict[str, Any]:
     """``BlockInfo`` of one drive."""
     info: dict[str, Any] = {
         "device": drive.id if drive.backend.name == drive.id else "",
-        "locked": drive.locked,
-        "removable": drive.removable,
+        "locked": drive.backend.locked,
+        "removable": drive.backend.removable,
         "type": "unknown",
-        "io-status": "ok",
+        "io-status": "failed" if drive.backend.stopped_requests else "ok",
     }
     if drive.device is not None:
         info["qdev"] = drive.device.id
-    if drive.removable:
-        info["tray_open"] = drive.tray_open
+    if drive.backend.removable:
+        info["tray_open"] = drive.backend.tray_open
     if drive.backend.node is not None:
         info["inserted"] = device_info(drive.backend.node, drive.backend, drive.detect_zeroes)
     return info
@@ -84,18 +84,20 @@ def block_stats(drive: Drive) -> dict[str, Any]:
     values = {
         "rd_bytes": stats.read_bytes,
         "wr_bytes": stats.written_bytes,
-        "unmap_bytes": 0,
+        "unmap_bytes": stats.discarded_bytes,
         "rd_operations": stats.reads,
         "wr_operations": stats.writes,
         "flush_operations": stats.flushes,
         "unmap_operations": stats.discards,
+        "failed_rd_operations": stats.failed_reads,
+        "failed_wr_operations": stats.failed_writes,
+        "failed_flush_operations": stats.failed_flushes,
+        "failed_unmap_operations": stats.failed_others,
         **dict.fromkeys(_UNCOUNTED, 0),
         "account_invalid": True,
         "account_failed": True,
         "timed_stats": [],
     }
-    for name in ("rd_total_time_ns", "wr_total_time_ns", "flush_total_time_ns"):
-        values[name] = getattr(stats, name, 0)
     result: dict[str, Any] = {"device": drive.id, "stats": values}
     if drive.device is not None:
         result["qdev"] = drive.device.id
@@ -113,10 +115,6 @@ _UNCOUNTED = (
     "rd_merged",
     "wr_merged",
     "unmap_merged",
-    "failed_rd_operations",
-    "failed_wr_operations",
-    "failed_flush_operations",
-    "failed_unmap_operations",
     "invalid_rd_operations",
     "invalid_wr_operations",
     "invalid_flush_operations",

@@ -194,9 +194,9 @@ def _named_drive(monitor: Monitor, arguments: dict[str, Any]) -> Drive:
 
 
 def _removable(drive: Drive, force: bool) -> None:
-    if not drive.removable:
+    if not drive.backend.removable:
         raise QmpError(f"Device '{drive.id}' is not removable")
-    if drive.locked and not force:
+    if drive.backend.locked and not force:
         raise QmpError(
             f"Device '{drive.id}' is locked and force was not specified, wait for tray to open and try again"
         )
@@ -207,7 +207,7 @@ def eject(monitor: Monitor, arguments: dict[str, Any]) -> Any:
     """Take the medium out of a CD-ROM drive."""
     drive = _named_drive(monitor, arguments)
     _removable(drive, arguments.get("force", False))
-    _change(monitor, drive, None)
+    _open_tray(monitor, drive)
     return {}
 
 
@@ -229,24 +229,29 @@ def blockdev_change_medium(monitor: Monitor, arguments: dict[str, Any]) -> Any:
     if monitor.open_medium is None:
         raise QmpError("this machine cannot open media")
     node = monitor.open_medium(arguments["filename"], arguments.get("format"))
-    _change(monitor, drive, node)
+    _open_tray(monitor, drive)
+    drive.backend.set_medium(node)
+    _tray_moved(monitor, drive)
     return {}
 
 
-def _change(monitor: Monitor, drive: Drive, node: Any) -> None:
-    """Open the tray, exchange the medium and, with a new one, close the tray: with the events of each."""
-    if drive.backend.node is not None or node is not None:
-        _move_tray(monitor, drive, True)
-    drive.backend.set_medium(node)
-    if node is not None:
-        _move_tray(monitor, drive, False)
+def _open_tray(monitor: Monitor, drive: Drive) -> None:
+    """Open the tray and take out what is in it."""
+    was_open = drive.backend.tray_open
+    former = drive.backend.eject(force=True)
+    if not was_open:
+        _tray_moved(monitor, drive)
+    if former is not None:
+        former.close()
 
 
-def _move_tray(monitor: Monitor, drive: Drive, is_open: bool) -> None:
-    if drive.tray_open != is_open:
-        drive.tray_open = is_open
-        data = {"device": drive.id, "id": drive.device.id if drive.device is not None else "", "tray-open": is_open}
-        monitor.machine.events.emit("DEVICE_TRAY_MOVED", **data)
+def _tray_moved(monitor: Monitor, drive: Drive) -> None:
+    data = {
+        "device": drive.id,
+        "id": drive.device.id if drive.device is not None else "",
+        "tray-open": drive.backend.tray_open,
+    }
+    monitor.machine.events.emit("DEVICE_TRAY_MOVED", **data)
 
 
 @command("block_resize", device="string?", node_name="string?", size="integer")

@@ -60,14 +60,12 @@ class MonitoredMachine(Protocol):
 
 @attrs.define(eq=False)
 class Drive:
-    """A drive as ``query-block`` shows it. *removable*: its medium can be changed (a CD-ROM)."""
+    """A drive as ``query-block`` shows it: its id, its backend, the device in front, and how it was set up."""
 
     id: str
     backend: BlockBackend
     device: Device | None = None
-    removable: bool = False
-    tray_open: bool = False
-    locked: bool = False
+    engine: str = "threads"
     detect_zeroes: str = "off"
 
 
@@ -93,11 +91,16 @@ class Monitor:
 
 
 class CommandThread:
-    """Runs functions one after another in a thread of its own."""
+    """Runs functions one after another in a thread of its own; without *running* only once :meth:`start` was called."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, running: bool = True) -> None:
         self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
+        if running:
+            self._thread.start()
+
+    def start(self) -> None:
+        """Begin with what was submitted."""
         self._thread.start()
 
     def submit(self, function: Callable[[], object]) -> None:
@@ -107,7 +110,7 @@ class CommandThread:
     def close(self, timeout: float = 2.0) -> None:
         """Finish what was submitted and end, or give up after *timeout* seconds."""
         self._queue.put(None)
-        if threading.current_thread() is not self._thread:
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout)
 
     def _run(self) -> None:

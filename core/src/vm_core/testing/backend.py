@@ -26,12 +26,22 @@ class MemoryBackend:
         self.log: list[tuple[Op, int, int, bool]] = []
         self.batches: list[int] = []
         self.fail: int | None = None
-        self.on_error: Callable[[Request, str], None] | None = None
+        #: Positions that cannot be read or written.
+        self.bad = range(0)
+        self.on_error: list[Callable[[Request, str], None]] = []
+        self.on_resize: list[Callable[[int], None]] = []
         self._sink: Callable[[list[Request]], None] | None = None
 
     @property
     def size(self) -> int:
         return len(self.data)
+
+    def resize(self, size: int) -> None:
+        """Change the size and tell the device."""
+        self.data[size:] = bytes(max(0, size - len(self.data)))
+        self.stable[size:] = bytes(max(0, size - len(self.stable)))
+        for listener in self.on_resize:
+            listener(size)
 
     def submit(self, requests: Sequence[Request]) -> None:
         self.batches.append(len(requests))
@@ -41,6 +51,17 @@ class MemoryBackend:
     def set_completion_sink(self, sink: Callable[[list[Request]], None]) -> None:
         """Give answered batches to *sink*, in place of calling each request's ``done``."""
         self._sink = sink
+
+    def set_write_cache(self, enabled: bool, done: Callable[[Request], None] | None = None) -> None:
+        """Switch the write cache; what is submitted later obeys."""
+        self.write_cache = enabled
+        self.stable[:] = self.data
+        if done is not None:
+            done(Request(Op.FLUSH))
+
+    def cancel_stopped(self) -> list[Request]:
+        """There is no retry here."""
+        return []
 
     def run(self, *, backwards: bool = False) -> bool:
         """Execute and answer what is pending; False if nothing was."""
@@ -66,6 +87,8 @@ class MemoryBackend:
         at, end = request.offset, request.offset + request.length
         if end > len(self.data):
             return errno.EINVAL
+        if at < self.bad.stop and end > self.bad.start:
+            return errno.EIO
         if request.op is Op.READ:
             for view in request.buffers:
                 view[:] = self.data[at : at + len(view)]

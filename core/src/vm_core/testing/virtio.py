@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from ..devices.virtio import barrier
 from ..devices.virtio.chain import INDIRECT, NEXT, WRITE, RingLayout
 from ..machine.memory import GuestMemory, RegionKind
 
@@ -82,6 +83,10 @@ class DriverRing(ABC):
     @abstractmethod
     def collect(self) -> list[tuple[int, int]]:
         """Take what the device has used: (id, bytes written)."""
+
+    @abstractmethod
+    def has_used(self) -> bool:
+        """There is something to collect."""
 
     @abstractmethod
     def enable_interrupts(self) -> bool:
@@ -153,6 +158,7 @@ class SplitDriver(DriverRing):
         old, new = self._published, self._idx
         self._published = new
         self._avail[1] = new & 0xFFFF
+        barrier.full()
         if self.layout.event_idx:
             event = self._used16[2 + 4 * self.size]
             return (new - event - 1) & 0xFFFF < new - old
@@ -174,6 +180,10 @@ class SplitDriver(DriverRing):
             self._avail[2 + self.size] = self._last_used & 0xFFFF
         else:
             self._avail[0] = 0
+        barrier.full()
+        return self.has_used()
+
+    def has_used(self) -> bool:
         return bool(self._used16[1] != self._last_used & 0xFFFF)
 
     def disable_interrupts(self) -> None:
@@ -235,6 +245,7 @@ class PackedDriver(DriverRing):
         for at, flags in reversed(self._pending):
             struct.pack_into("<H", self._desc, at + 14, flags)
         self._pending.clear()
+        barrier.full()
         added, self._added = self._added, 0
         flags = self._device_event[1] & 3
         if flags == 2:
@@ -248,7 +259,7 @@ class PackedDriver(DriverRing):
 
     def collect(self) -> list[tuple[int, int]]:
         used = []
-        while self._is_used():
+        while self.has_used():
             _, length, id, _ = struct.unpack_from("<QIHH", self._desc, 16 * self._used_slot)
             slots = self._slots.pop(id)
             self._ids.append(id)
@@ -260,7 +271,7 @@ class PackedDriver(DriverRing):
             used.append((id, length))
         return used
 
-    def _is_used(self) -> bool:
+    def has_used(self) -> bool:
         (flags,) = struct.unpack_from("<H", self._desc, 16 * self._used_slot + 14)
         return bool(flags >> 7 & 1 == flags >> 15 & 1 == self._used_wrap)
 
@@ -270,7 +281,8 @@ class PackedDriver(DriverRing):
             self._driver_event[1] = 2
         else:
             self._driver_event[1] = 0
-        return self._is_used()
+        barrier.full()
+        return self.has_used()
 
     def disable_interrupts(self) -> None:
         self._driver_event[1] = 1

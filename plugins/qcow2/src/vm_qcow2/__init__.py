@@ -1,0 +1,25 @@
+"""The QCOW2 image format, versions 2 and 3, read and write.
+
+Everything here follows the format's specification, *qcow2.txt* of QEMU's interoperability documents; section names in
+docstrings are its own.
+
+==================  ====================================================================================
+``plugin``          what the driver tells about itself
+``image``           the driver: maps, allocates, zeroes, discards
+``header``          the header's fields, and what is checked before anything is believed
+``extensions``      header extensions: backing format, feature names, the rest kept as it is
+``features``        the feature bits by name
+``geometry``        numbers that follow from cluster size, refcount width and version
+``store``           checked reads and writes of metadata, header updates, the corrupt bit
+``entries``         L2 entries, and runs of them
+``tables``          the L1 table and cached L2 tables
+``refcounts``       the refcount table and cached refcount blocks
+``allocator``       free clusters, first fit; growth of the refcount structures
+``overlap``         where metadata is, so that nothing is written over it
+``order``           the order in which all that reaches the disk
+``compression``     compressed clusters
+``snapshots``       the table of internal snapshots
+``check``           counting references anew; repair
+``create``          new images
+==================  ====================================================================================
+"""

@@ -55,6 +55,8 @@ CONFIG = (
     Field("write_zeroes_may_unmap", 56, 1, "1: its unmap flag may deallocate"),
 )
 CONFIG_SIZE = 60
+#: Where the fields of DISCARD and WRITE_ZEROES begin.
+DISCARD_FIELDS = 36
 WRITEBACK = 32
 
 

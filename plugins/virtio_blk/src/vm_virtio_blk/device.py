@@ -12,7 +12,7 @@ anything durable: for it every write is written through.
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 
@@ -22,6 +22,7 @@ from vm_core.devices.virtio.device import VirtioDevice, Virtqueue
 
 from . import config
 from .config import SECTOR
+from .merge import merge
 from .request import BlkRequest, Limits, Status, Type
 
 if TYPE_CHECKING:
@@ -130,12 +131,23 @@ class VirtioBlk(VirtioDevice):
         settings = self.settings
         if settings.cyls:
             return settings.cyls, settings.heads, settings.secs
-        return max(2, min(sectors // (16 * 63), 16383)), 16, 63
+        # A track is whole blocks.
+        block = settings.logical_block_size // SECTOR
+        return max(2, min(sectors // (16 * 63), 16383)), 16, max(1, 63 // block * block) & 0xFF
 
     def resized(self) -> None:
         """The medium has grown or shrunk: tell the driver. Lock held."""
         self.medium_changed()
         self.config_changed()
+
+    @property
+    def config_size(self) -> int:
+        """Bytes of configuration: as far as the fields that some offered feature makes valid."""
+        return (
+            config.CONFIG_SIZE
+            if self.features & (config.DISCARD.mask | config.WRITE_ZEROES.mask)
+            else config.DISCARD_FIELDS
+        )
 
     def read_config(self, offset: int, size: int) -> int:
         data = config.pack({**self._config, "writeback": int(self.backend.write_cache)})
@@ -143,25 +155,32 @@ class VirtioBlk(VirtioDevice):
 
     def write_config(self, offset: int, size: int, value: int) -> None:
         if offset == config.WRITEBACK and self.has(config.CONFIG_WCE) and not self.backend.readonly:
-            self.backend.write_cache = bool(value & 1)
+            self._set_write_cache(bool(value & 1))
 
     # Life of the device.
 
     def accept_features(self, features: int) -> bool:
         if features & config.CONFIG_WCE.mask and not features & config.FLUSH.mask:
             # It must find writeback at 0 (5.2.5.2), readable from here on.
-            self.backend.write_cache = False
+            self._set_write_cache(False)
         return True
 
     def driver_ready(self) -> None:
         if not self.has(config.FLUSH) and not self.has(config.CONFIG_WCE):
-            self.backend.write_cache = False
+            self._set_write_cache(False)
 
     def on_reset(self) -> None:
-        self.backend.write_cache = self._initial_write_cache
+        self._set_write_cache(self._initial_write_cache)
+
+    def _set_write_cache(self, enabled: bool) -> None:
+        """Switch without waiting for the host; the flush that goes with it is nobody's request."""
+        if enabled != self.backend.write_cache:
+            self.backend.set_write_cache(enabled)
 
     def drain(self) -> None:
         self.backend.drain()
+        # Those that wait for a retry would write to guest memory then.
+        self.backend.cancel_stopped()
 
     # Requests.
 
@@ -182,8 +201,19 @@ class VirtioBlk(VirtioDevice):
                 batch.append(request)
             else:
                 self.complete(chain, request)
+        if len(batch) > 1 and self.settings.request_merging:
+            batch = merge(batch, self._merged_done)
         if batch:
             self.backend.submit(batch)
+
+    def _merged_done(self, merged: Request) -> None:
+        """A merged request came back. If it failed, its parts are tried one by one: some of them may be good."""
+        parts: list[Request] = merged.opaque
+        if merged.status:
+            self.backend.submit(parts)
+        else:
+            for part in parts:
+                self._request_done(cast(BlkRequest, part))
 
     def _request_done(self, request: BlkRequest) -> None:
         self.complete(request.chain, request)

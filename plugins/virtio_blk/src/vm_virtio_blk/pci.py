@@ -8,11 +8,12 @@ from vm_core.devices.virtio.pci import VirtioPci
 from vm_core.errors import UsageError
 from vm_core.options import parse_bool, parse_int, parse_size
 
-from .config import CONFIG_SIZE, SECTOR
+from .config import SECTOR
 from .device import Settings, VirtioBlk
 
 if TYPE_CHECKING:
     from vm_core.block.backend import BlockBackend
+    from vm_core.devices.bus import Bus
     from vm_core.machine.machine import Machine
 
 AUTO_QUEUES = 0xFFFF
@@ -27,7 +28,6 @@ class VirtioBlkPci(VirtioPci):
     transitional_id = 0x1001
     #: Mass storage, SCSI: what drivers and firmware look for behind this device type.
     class_code = 0x010000
-    config_size = CONFIG_SIZE
 
     virtio: VirtioBlk
 
@@ -114,6 +114,22 @@ class VirtioBlkPci(VirtioPci):
         if queues == AUTO_QUEUES:
             queues = min(max(1, machine.cpu_count), MAX_QUEUES)
         return VirtioBlk(backend, attrs.evolve(self.settings, num_queues=queues))
+
+    def realize(self, machine: Machine, bus: Bus, address: str | None) -> None:
+        super().realize(machine, bus, address)
+        self.need_backend().on_resize.append(self._resized)
+
+    def unrealize(self) -> None:
+        self.need_backend().on_resize.remove(self._resized)
+        super().unrealize()
+
+    def _resized(self, size: int) -> None:
+        """The backend's size changed, on any thread."""
+        self.call_soon(self._tell_size)
+
+    def _tell_size(self) -> None:
+        with self.lock:
+            self.virtio.resized()
 
     def describe(self) -> str:
         kinds = {(True, True): "transitional", (True, False): "modern", (False, True): "legacy"}

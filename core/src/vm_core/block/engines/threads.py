@@ -4,8 +4,9 @@ Theory of operation. A submitted batch is put on the queue whole and wakes one w
 until the queue is empty and then hands all it has finished back at once. A second worker is only a loss while requests
 are answered from the page cache, because the interpreter's lock would be passed to and fro between them; it is needed as
 soon as one blocks. So a worker wakes a colleague before it starts something that is bound to wait (a flush, a stable
-write, a discard, anything with O_DIRECT) and after something that turned out to have waited, if there is more to do.
-Finished requests are handed back before such a wait, too, and after a fraction of a millisecond at the latest.
+write, a discard, anything with O_DIRECT, a read: those in the page cache never get here) and after something that turned
+out to have waited, if there is more to do. Finished requests are handed back around such a wait, too, and after a
+millisecond at the latest; sooner would only make two threads of Python run at once, each of which waits for the other.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from ..engine import Engine, EngineHost
 from ..request import Op, Request
 
 #: A request that took longer (nanoseconds) has waited for something.
-SLOW = 150_000
+SLOW = 1_000_000
 #: Finished requests are handed back after this many, or when this many nanoseconds have passed.
 BATCH = 64
-BATCH_TIME = 300_000
+BATCH_TIME = 1_000_000
 
 
 class ThreadsEngine(Engine):
@@ -80,9 +81,10 @@ class ThreadsEngine(Engine):
                     execute(request)
                     finished.append(request)
                     now = monotonic_ns()
-                    if now - before > SLOW and requests:
+                    slow = now - before > SLOW
+                    if slow and requests:
                         self._call()
-                    if len(finished) >= BATCH or now - started > BATCH_TIME:
+                    if slow or len(finished) >= BATCH or now - started > BATCH_TIME:
                         complete(finished)
                         finished = []
                         started = now
@@ -95,7 +97,7 @@ class ThreadsEngine(Engine):
                         break
 
     def _will_wait(self, request: Request) -> bool:
-        if request.op is not Op.READ and (request.fua or request.op is not Op.WRITE):
+        if request.op is not Op.WRITE or request.fua:
             return True
         node = self._host.node
         return node is not None and node.request_alignment > 1

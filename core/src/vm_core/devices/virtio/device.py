@@ -151,6 +151,11 @@ class VirtioDevice(ABC):
     def drain(self) -> None:
         """Return when no request of :meth:`handle` touches guest memory any more. Called with the lock held."""
 
+    @property
+    def config_size(self) -> int:
+        """Bytes of device-specific configuration."""
+        return 0
+
     @abstractmethod
     def read_config(self, offset: int, size: int) -> int:
         """Read the device-specific configuration (1, 2, 4 or 8 bytes). Bytes that do not exist read as zero."""
@@ -263,6 +268,7 @@ class VirtioDevice(ABC):
 
     def reset_now(self) -> None:
         """The machine resets; requests were drained. Lock held."""
+        self.drain()
         self.resetting = True
         self._finish_resets(wait=False)
 

@@ -139,9 +139,6 @@ class VirtioPci(PciDevice):
     def make_virtio(self, machine: Machine) -> VirtioDevice:
         """The device behind the function; its features include :attr:`ring_features`."""
 
-    #: Bytes of device configuration.
-    config_size = 0
-
     def realize(self, machine: Machine, bus: Bus, address: str | None) -> None:
         self.virtio = virtio = self.make_virtio(machine)
         virtio.transport = self
@@ -158,10 +155,10 @@ class VirtioPci(PciDevice):
             self.add_msix(vectors, MSIX_BAR, 0, max(0x800, (16 * vectors + 7) & ~7))
         if self.legacy_interface:
             self.legacy = LegacyInterface(self)
-            self.legacy.add_to(LEGACY_BAR, self.config_size)
+            self.legacy.add_to(LEGACY_BAR, virtio.config_size)
         if self.modern_interface:
             self.modern = ModernInterface(self)
-            self._config_window = self.modern.add_to(MODERN_BAR, self.config_size)
+            self._config_window = self.modern.add_to(MODERN_BAR)
 
     def unrealize(self) -> None:
         self.virtio.begin_reset()

@@ -86,7 +86,7 @@ class ModernInterface:
         self._driver_select = 0
         self._queue_select = 0
 
-    def add_to(self, bar: int, config_size: int) -> int:
+    def add_to(self, bar: int) -> int:
         """Add the bar and the capabilities; returns the offset of the configuration access capability."""
         pci = self.pci
         pci.add_bar(bar, BAR_SIZE, self, prefetch=True, bits64=True)

@@ -1,0 +1,111 @@
+"""Header extensions (*Header extensions*): a chain of type, length and data, padded to 8 bytes, ended by type 0."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from vm_core.block.node import Node
+from vm_core.block.structs import Record, raw, u8, u32, u64
+from vm_core.errors import ImageError
+
+from .features import FeatureName
+from .header import Header
+
+END = 0
+BACKING_FORMAT = 0xE2792ACA
+FEATURE_NAME_TABLE = 0x6803F857
+BITMAPS = 0x23852875
+ENCRYPTION_HEADER = 0x0537BE77
+DATA_FILE_NAME = 0x44415441
+
+
+class ExtensionHead(Record, order="big"):
+    """What stands before the data of each extension."""
+
+    type: int = u32(0, doc="which extension; 0 ends the area")
+    length: int = u32(4, doc="bytes of data that follow, without padding")
+
+
+class FeatureNameEntry(Record, order="big"):
+    """One entry of the feature name table."""
+
+    kind: int = u8(0, doc="0 incompatible, 1 compatible, 2 auto-clear")
+    bit: int = u8(1, doc="bit in that mask")
+    name: bytes = raw(2, 46, doc="padded with zeroes")
+
+
+class BitmapsExtension(Record, order="big"):
+    """Where the directory of persistent bitmaps is."""
+
+    nb_bitmaps: int = u32(0, doc="bitmaps in the image, at least 1")
+    reserved: int = u32(4, doc="zero")
+    directory_size: int = u64(8, doc="bytes of the directory")
+    directory_offset: int = u64(16, doc="where it is; cluster-aligned")
+
+
+class Extension(NamedTuple):
+    """One extension as it is in the image, known or not."""
+
+    type: int
+    data: bytes
+
+
+def read_extensions(file: Node, header: Header, name: str) -> list[Extension]:
+    """All extensions, in the image's order. Raises ImageError where they do not fit into the first cluster.
+
+    The area ends at its end mark, at the name of the backing file, or with the first cluster.
+    """
+    end = header.backing_file_offset or 1 << header.cluster_bits
+    area = file.pread(0, min(end, file.size))
+    position = header.header_length
+    found: list[Extension] = []
+    while position + ExtensionHead.LENGTH <= len(area):
+        head = ExtensionHead.parse(area, position)
+        if head.type == END:
+            break
+        start = position + ExtensionHead.LENGTH
+        if head.length > len(area) - start:
+            raise ImageError(
+                name,
+                f"header extension {head.type:#010x} at {position:#x} has {head.length} bytes, "
+                f"past the end of the header area ({len(area):#x})",
+            )
+        found.append(Extension(head.type, area[start : start + head.length]))
+        position = start + (head.length + 7 & ~7)
+    return found
+
+
+def pack_extensions(extensions: Iterable[Extension]) -> bytes:
+    """The extension area with its end mark."""
+    parts: list[bytes] = []
+    for one in extensions:
+        parts.append(ExtensionHead(type=one.type, length=len(one.data)).pack())
+        parts.append(one.data + bytes(-len(one.data) % 8))
+    parts.append(ExtensionHead(type=END, length=0).pack())
+    return b"".join(parts)
+
+
+def find(extensions: Iterable[Extension], type: int) -> bytes | None:
+    """The data of the first extension of *type*."""
+    return next((one.data for one in extensions if one.type == type), None)
+
+
+def string(data: bytes) -> str:
+    """The text of a string extension."""
+    return data.split(b"\0")[0].decode("utf-8", "surrogateescape")
+
+
+def parse_feature_names(data: bytes | None) -> list[FeatureName]:
+    """The feature name table of an image."""
+    names = []
+    for position in range(0, len(data or b"") - FeatureNameEntry.LENGTH + 1, FeatureNameEntry.LENGTH):
+        entry = FeatureNameEntry.parse(data or b"", position)
+        text = entry.name.split(b"\0")[0].decode("utf-8", "replace")
+        names.append(FeatureName(entry.kind, entry.bit, "".join(c if c.isprintable() else "?" for c in text)))
+    return names
+
+
+def pack_feature_names(names: Iterable[FeatureName]) -> bytes:
+    """A feature name table."""
+    return b"".join(FeatureNameEntry(kind=one.kind, bit=one.bit, name=one.name.encode()).pack() for one in names)
