@@ -62,7 +62,7 @@ def to_qcow2(source: Path, target: Path) -> None:
 
     partial = target.with_suffix(".partial")
     with vm_core.open(source, format="raw") as old:
-        vm_core.create(partial, "qcow2", old.size)
+        vm_core.create(partial, old.size, format="qcow2")
         with vm_core.open(partial, "r+", format="qcow2") as new:
             for run in old.map():
                 at, end = run.start, run.start + run.length

@@ -15,6 +15,8 @@ import pytest
 from vm_core.block.backend import BlockBackend
 from vm_core.block.open import open_node
 from vm_core.chardev import make
+from vm_core.devices.bus import Bus
+from vm_core.devices.pci import PciBus, PciDevice
 from vm_core.machine.machine import Machine
 from vm_core.machine.memory import GuestMemory
 from vm_core.qmp import human
@@ -318,3 +320,39 @@ def test_the_line_editor(keys: bytes, lines: list[str], step: int) -> None:
     editor = LineEditor()
     assert [line for at in range(0, len(keys), step) for line in editor.feed(keys[at : at + step])[1]] == lines
     assert PROMPT.endswith(b" ")
+
+
+class Function(PciDevice):
+    """A PCI function with the windows of a virtio disk."""
+
+    vendor_id, device_id, class_code, interrupt_pin = 0x1AF4, 0x1001, 0x010000, 1
+
+    def realize(self, machine: Machine, bus: Bus, address: str | None) -> None:
+        super().realize(machine, bus, address)
+        self.add_bar(0, 128, Nothing(), io=True)
+        self.add_bar(1, 4096, Nothing())
+        self.add_bar(4, 16384, Nothing(), prefetch=True, bits64=True)
+
+
+class Nothing:
+    """Registers that read as zero."""
+
+    def read(self, offset: int, size: int) -> int:
+        return 0
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        pass
+
+
+@needs_qemu
+def test_pci_functions_have_the_shape_of_a_real_qemu(monitor: Monitor, images: Path) -> None:
+    """query-pci shows a function's identity and windows with QEMU's members, before anything is mapped."""
+    assert isinstance(monitor.machine, Machine)
+    bus = monitor.machine.add_bus(PciBus())
+    Function("", {}).realize(monitor.machine, bus, "02.0")
+    (mine,) = execute(monitor, "query-pci", {})[0]["devices"]
+    (theirs,) = real_qemu(images, "query-pci")
+    other = next(each for each in theirs[0]["devices"] if each["id"]["device"] == 0x1001)
+    assert {**mine, "id": {}} == {**other, "id": {}}
+    assert "SCSI controller: PCI device 1af4:1001" in human.run(monitor, "info pci")
+    assert "BAR4: 64 bit prefetchable memory at not mapped" in human.run(monitor, "info pci")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,9 @@ from vm_kvm.system import KvmUnavailableError, System
 ORIGIN = 0x1000
 #: A port whose every write stops the machine.
 DONE = 0xF4
+#: Descriptor tables of flat 32-bit guests.
+GDT = 0x800
+IDT = 0x4000
 
 
 def kvm_missing() -> str:
@@ -56,7 +60,10 @@ class Recorder:
 class Guest:
     """A machine that runs a program in real mode (an ``AccelMachine``)."""
 
-    def __init__(self, code: bytes, *, ram: int = 1 << 20, rom: int = 0, cpus: int = 1) -> None:
+    def __init__(
+        self, code: bytes, *, ram: int = 1 << 20, rom: int = 0, cpus: int = 1, protected: bool = False
+    ) -> None:
+        self.protected = protected
         self.memory = GuestMemory(ram, rom_size=rom)
         self.memory.add(Region("ram", 0, ram, RegionKind.RAM))
         self.memory.write(ORIGIN, code)
@@ -73,12 +80,22 @@ class Guest:
         self.cpus = [self.accel.create_vcpu(index) for index in range(cpus)]
         self.reset()
 
-    def reset(self, **state: Any) -> None:
-        """Every vCPU to its state after RESET, the first at the program."""
-        start = CpuState(eip=ORIGIN, cs=Segment(0, 0, 0xFFFF, type=0xB), **state)
-        start.regs.setdefault("esp", 0x8000)
+    def reset(self) -> None:
+        """Every vCPU to its state after RESET, the first at the program: in real mode, or in flat 32-bit mode."""
+        start = CpuState(eip=ORIGIN, cs=Segment(0, 0, 0xFFFF, type=0xB), regs={"esp": 0x8000})
+        if self.protected:
+            start.cr0 |= 1
+            start.cs = Segment(8, 0, 0xFFFFFFFF, type=0xB, g=1, db=1)
+            start.ds = start.es = start.ss = Segment(16, 0, 0xFFFFFFFF, type=3, g=1, db=1)
+            start.gdt = (GDT, 23)
+            start.idt = (IDT, 0x7FF)
+            self.memory.write(GDT, struct.pack("<QQQ", 0, 0x00CF9B000000FFFF, 0x00CF93000000FFFF))
         for cpu in self.cpus:
             cpu.reset(start)
+
+    def gate(self, vector: int, address: int) -> None:
+        """Let the flat 32-bit guest handle *vector* at *address* (a 32-bit interrupt gate; Intel SDM vol. 3, 7.11)."""
+        self.memory.write(IDT + 8 * vector, struct.pack("<HHHH", address & 0xFFFF, 8, 0x8E00, address >> 16))
 
     # AccelMachine.
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vm_core.devices.virtio.features import VERSION_1
 from vm_core.errors import UsageError
@@ -482,3 +485,48 @@ def test_kicks_can_be_eventfds(rig: MakeRig, monkeypatch: pytest.MonkeyPatch) ->
     made.board.io.run_until_idle()
     assert bound == {}
     assert made.board.io.readers == {}
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32), packed=st.booleans())
+def test_random_accesses_never_break_the_machine(rig: MakeRig, seed: int, packed: bool) -> None:
+    """Whatever is written to registers and rings, nothing raises, and after a reset the device works."""
+    rng = random.Random(seed)
+    made = rig(64 << 10, packed="on" if packed else "off", num_queues=2, queue_size=16)
+    _ = made.modern() if rng.random() < 0.5 else made.legacy()
+    device, memory = made.device, made.board.memory
+    offsets = {0: range(64), 1: range(0x900), 4: [*range(64), 0x1000, *range(0x2000, 0x2040), 0x3000, 0x3004, 0x3FFC]}
+    for _ in range(300):
+        act = rng.random()
+        size = rng.choice([1, 2, 4, 8])
+        value = rng.choice([0, 1, 2, 3, 7, 8, 15, 0xFF, 0x1000, 0x100000, rng.getrandbits(64)]) & (1 << 8 * size) - 1
+        if act < 0.7:
+            index = rng.choice([0, 4, 4, 4, 1])
+            offset = rng.choice(offsets[index])
+            with made.board.lock:
+                if rng.random() < 0.3:
+                    got = device.bars[index].handler.read(offset, size)
+                    assert 0 <= got < 1 << 8 * size, (index, offset, size)
+                else:
+                    device.bars[index].handler.write(offset, size, value)
+        elif act < 0.8:
+            size = min(size, 4)
+            offset = rng.choice([4, 0x3C, *range(0x40, 0xFC)]) & -size
+            with made.board.lock:
+                assert device.read_config(offset, size) >= 0
+                device.write_config(offset, size, value & (1 << 8 * size) - 1)
+        elif act < 0.9:
+            at = rng.choice([0x1000, 0x100000, 0x101000, 0x102000])
+            memory.write(at, rng.randbytes(256))
+        else:
+            made.board.io.run_until_idle()
+            if rng.random() < 0.7:
+                made.poll()
+    with made.board.lock:
+        device.reset()
+    made.poll()
+    made.access.enable()
+    made.heap.next = 2 << 20
+    for again in (made.modern(), made.legacy()):
+        again.write(3, b"a" * 512)
+        assert again.read(3, 1) == b"a" * 512

@@ -152,6 +152,14 @@ def query_named_block_nodes(monitor: Monitor, arguments: dict[str, Any]) -> Any:
     return result
 
 
+@command("query-pci")
+def query_pci(monitor: Monitor, arguments: dict[str, Any]) -> Any:
+    """The PCI buses and their functions."""
+    from .pciinfo import pci_info
+
+    return pci_info(monitor.machine.buses)
+
+
 @command("stop")
 def stop(monitor: Monitor, arguments: dict[str, Any]) -> Any:
     """Pause the machine."""

@@ -154,6 +154,12 @@ def _info_chardev(monitor: Monitor, words: list[str]) -> str:
     return "\n".join(f"{each.id}: filename={each.filename}" for each in monitor.chardevs)
 
 
+def _info_pci(monitor: Monitor, words: list[str]) -> str:
+    from .pciinfo import lines
+
+    return "\n".join(lines(monitor.machine.buses))
+
+
 def _info_qtree(monitor: Monitor, words: list[str]) -> str:
     lines: list[str] = []
     for bus in monitor.machine.buses.values():
@@ -203,6 +209,7 @@ INFO: tuple[HumanCommand, ...] = (
     HumanCommand(("blockstats",), "", "the drives' counters", _info_blockstats),
     HumanCommand(("chardev",), "", "the character devices", _info_chardev),
     HumanCommand(("name",), "", "the machine's name", _info_name),
+    HumanCommand(("pci",), "", "the PCI buses and their functions", _info_pci),
     HumanCommand(("plugins",), "", "what is installed, with its health", _info_plugins),
     HumanCommand(("qtree",), "", "the buses and their devices", _info_qtree),
     HumanCommand(("registers",), "", "the processors' registers (pauses the machine for a moment)", _info_registers),

@@ -43,33 +43,33 @@ DO_STOP = 48  # functions of the engine: uc_emu_stop(engine)
 DO_INTERRUPT = 56  # do_interrupt_x86_hardirq(env, vector, is_hardware)
 DO_LOOP_EXIT = 64  # cpu_loop_exit(cpu), which does not return
 DO_EXCEPTION = 72  # x86_cpu_do_interrupt(cpu)
+LEFT = 80  # u32: set when the code left because of one of the words above
 
-# x86-64, System V calling convention. The three entry points are called by the engine:
+# x86-64, System V calling convention. The engine calls
 #   block(rdi engine, rsi address, edx size, rcx control)
-#   exception(rdi engine, esi vector, rdx control)
-#   invalid(rdi engine, rsi control) -> al
 _X86_64_BLOCK = bytes.fromhex(
     "8339 00"  #            cmp  dword [rcx + ATTENTION], 0
     "7501"  #               jne  look
     "c3"  #                 ret
     "8379 04 00"  #   look: cmp  dword [rcx + STOP], 0
-    "7543"  #               jne  leave
+    "7551"  #               jne  leave
     "488b51 10"  #          mov  rdx, [rcx + EFLAGS_PLACE]
     "f642 01 02"  #         test byte [rdx + 1], 2          ; IF
-    "743a"  #               jz   out
+    "7440"  #               jz   out
     "488b51 18"  #          mov  rdx, [rcx + HFLAGS_PLACE]
     "f602 08"  #            test byte [rdx], 8              ; the shadow of STI and MOV SS
-    "7531"  #               jnz  out
+    "7537"  #               jnz  out
     "8b71 0c"  #            mov  esi, [rcx + VECTOR]
     "85f6"  #               test esi, esi
-    "782b"  #               js   wait
+    "7831"  #               js   wait
     "c741 0c ffffffff"  #   mov  dword [rcx + VECTOR], -1
     "31c0"  #               xor  eax, eax
-    "8701"  #               xchg [rcx + ATTENTION], eax     ; locked: a kick either comes before, or sets it again
+    "8701"  #               xchg [rcx + ATTENTION], eax     ; locked: a kick is seen below, or sets it again
     "8b41 04"  #            mov  eax, [rcx + STOP]
     "0b41 08"  #            or   eax, [rcx + WINDOW]
-    "0901"  #               or   [rcx + ATTENTION], eax
-    "53"  #                 push rbx                        ; also aligns the stack
+    "7406"  #               jz   deliver
+    "c701 01000000"  #      mov  dword [rcx + ATTENTION], 1
+    "53"  #        deliver: push rbx                        ; also aligns the stack
     "4889cb"  #             mov  rbx, rcx
     "488b79 20"  #          mov  rdi, [rcx + ENV]
     "ba 01000000"  #        mov  edx, 1
@@ -79,12 +79,15 @@ _X86_64_BLOCK = bytes.fromhex(
     "c3"  #            out: ret
     "8379 08 00"  #   wait: cmp  dword [rcx + WINDOW], 0
     "74f9"  #               je   out
-    "ff61 30"  #     leave: jmp  [rcx + DO_STOP]
+    "c741 50 01000000"  # leave: mov dword [rcx + LEFT], 1
+    "ff61 30"  #            jmp  [rcx + DO_STOP]
 )
+#   exception(rdi engine, esi vector, rdx control)
 _X86_64_EXCEPTION = bytes.fromhex(
     "488b7a 28"  #          mov  rdi, [rdx + CPU]
     "ff62 48"  #            jmp  [rdx + DO_EXCEPTION]
 )
+#   invalid_instruction(rdi engine, rsi control) -> al
 _X86_64_INVALID = bytes.fromhex(
     "4883ec 08"  #          sub  rsp, 8
     "488b7e 28"  #          mov  rdi, [rsi + CPU]
@@ -93,3 +96,194 @@ _X86_64_INVALID = bytes.fromhex(
     "4883c4 08"  #          add  rsp, 8
     "c3"  #                 ret
 )
+
+# AArch64, AAPCS64: the same three with x0… in place of rdi, rsi, edx, rcx.
+#AARCH64#
+
+
+@attrs.frozen
+class MachineCode:
+    """The entry points for one kind of host."""
+
+    block: bytes
+    exception: bytes
+    invalid: bytes
+
+
+_HOSTS = {
+    "x86_64": MachineCode(_X86_64_BLOCK, _X86_64_EXCEPTION, _X86_64_INVALID),
+    "amd64": MachineCode(_X86_64_BLOCK, _X86_64_EXCEPTION, _X86_64_INVALID),
+}
+
+
+def machine_code() -> MachineCode | None:
+    """The entry points for this host; None where there are none (its calling convention or rules differ)."""
+    if sys.platform == "win32" or ctypes.sizeof(ctypes.c_void_p) != 8:
+        return None
+    return _HOSTS.get(platform.machine().lower())
+
+
+class Control:
+    """The control page and the machine code that looks at it."""
+
+    def __init__(self, engine: Engine, code: MachineCode) -> None:
+        """Raises OSError where the host forbids executable memory."""
+        self._code = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        self._page = mmap.mmap(-1, mmap.PAGESIZE)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self._code))
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._page))
+        places = []
+        at = 0
+        for part in (code.block, code.exception, code.invalid):
+            self._code[at : at + len(part)] = part
+            places.append(base + at)
+            at = (at + len(part) + 15) & ~15
+        self.block, self.exception, self.invalid = places
+        self.attention = ctypes.c_uint32.from_address(self.address + ATTENTION)
+        self.stop = ctypes.c_uint32.from_address(self.address + STOP)
+        self.window = ctypes.c_uint32.from_address(self.address + WINDOW)
+        self.vector = ctypes.c_int32.from_address(self.address + VECTOR)
+        self.left = ctypes.c_uint32.from_address(self.address + LEFT)
+        self.vector.value = -1
+        self.set_pointer(DO_STOP, engine.address_of("uc_emu_stop"))
+
+    def set_pointer(self, offset: int, value: int) -> None:
+        """Store an address in the page."""
+        struct.pack_into("<Q", self._page, offset, value)
+
+    def clear(self) -> None:
+        """Take back every request; what they were about must be looked at after this."""
+        self.attention.value = 0
+        self.stop.value = 0
+        self.window.value = 0
+        self.left.value = 0
+
+
+@attrs.frozen
+class StateLayout:
+    """Where things are in the engine's CPU state: byte offsets from its general registers, found by behaviour."""
+
+    #: Of the general registers, in a saved context.
+    context: int
+    eip: int
+    eflags: int
+    hflags: int
+    #: Of each segment register: selector (u32), base (u64) 8 bytes on, limit and flags (u32) 16 and 20 bytes on.
+    segments: dict[str, int]
+    #: The exception being delivered, -1 for none; the engine never clears it when the host delivers exceptions.
+    old_exception: int
+    error_code: int
+
+
+@attrs.frozen
+class Internals:
+    """Addresses inside the engine, in a build that exports what is needed."""
+
+    #: The CPU's architectural state (what StateLayout's offsets count from), and the CPU object.
+    env: int
+    cpu: int
+    do_interrupt: int
+    loop_exit: int
+    do_exception: int
+
+
+_MAGIC = tuple(0x5EED0000 | i * 0x1111 for i in range(8))
+
+
+def find_layout(engine: Engine) -> StateLayout | None:
+    """Look for the layout in saved contexts. The engine has no memory yet and is left with changed registers."""
+    context = Context(engine)
+    page = mmap.mmap(-1, 4096)
+    try:
+        for name, value in zip(GENERAL, _MAGIC, strict=True):
+            engine.set(name, value)
+        context.save()
+        at = context.bytes().find(struct.pack("<8Q", *_MAGIC))
+        if at < 0:
+            return None
+
+        def state() -> bytes:
+            context.save()
+            return context.bytes()[at:]
+
+        def words(data: bytes) -> list[int]:
+            return [w for (w,) in struct.iter_unpack("<I", data[: len(data) & ~3])]
+
+        engine.set("eip", 0x51A7C0DE)
+        eip = state().find(struct.pack("<Q", 0x51A7C0DE))
+        engine.set("eflags", 0x202)
+        on = words(state())
+        engine.set("eflags", 0x002)
+        off = words(state())
+        eflags = [4 * i for i, (a, b) in enumerate(zip(on, off, strict=True)) if a ^ b == 0x200]
+
+        # The hidden flags' bit 7 is CR0.PE; CR0 itself has it in bit 0.
+        engine.set("cr0", 0x11)
+        on = words(state())
+        engine.set("cr0", 0x10)
+        off = words(state())
+        hflags = [4 * i for i, (a, b) in enumerate(zip(on, off, strict=True)) if a & 0x80 and a & ~b & 0x80]
+
+        segments = {}
+        for i, name in enumerate(("es", "cs", "ss", "ds", "fs", "gs")):
+            selector = 0x1234 + 0x101 * i
+            engine.set(name, selector)
+            data = state()
+            place = data.find(struct.pack("<I4xQ", selector, selector << 4))
+            if place < 0:
+                return None
+            segments[name] = place
+
+        # An exception with an error code that nobody takes: MOV DS, 28h with an empty descriptor table.
+        engine.set("cr0", 0x11)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(page))
+        for name in ("cs", "ds", "es", "ss"):
+            engine.set(name, 0)
+        page[:7] = bytes.fromhex("b828000000 8ed8")  # mov eax, 28h; mov ds, eax (or their 16-bit reading: B8 0028)
+        engine.set("cr0", 0x10)
+        for name in ("cs", "ds", "es", "ss"):
+            engine.set(name, 0)
+        page[:5] = bytes.fromhex("b82800 8ed8")  # mov ax, 28h; mov ds, ax
+        # Protected mode with the 16-bit segments of real mode still loaded.
+        engine.set("cr0", 0x11)
+        engine.set_table("gdtr", 0, 0)
+        engine.check(engine.lib.uc_mem_map_ptr(engine.handle, 0, 4096, 7, base), "map a page")
+        before = words(state())
+        error = engine.start(0)
+        after = words(state())
+        engine.check(engine.lib.uc_mem_unmap(engine.handle, 0, 4096), "unmap a page")
+        changed = [(4 * i, a, b) for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
+        old = [i for i, a, b in changed if (a, b) == (0xFFFFFFFF, 13)]
+        code = [i for i, a, b in changed if b == 0x28 and i > eip]
+        if error != unicorn.UC_ERR_EXCEPTION or eip < 0:
+            return None
+        if not (len(eflags) == len(hflags) == len(old) == len(code) == 1):
+            return None
+        return StateLayout(at, eip, eflags[0], hflags[0], segments, old[0], code[0])
+    finally:
+        context.close()
+
+
+def find_internals(engine: Engine) -> Internals | None:
+    """Look for the CPU object and the functions; None in a build that does not export them."""
+    get_cpu = engine.function("qemu_get_cpu_x86_64", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)
+    addresses = [
+        engine.address_of(f"{name}_x86_64")
+        for name in ("do_interrupt_x86_hardirq", "cpu_loop_exit", "x86_cpu_do_interrupt")
+    ]
+    if get_cpu is None or not all(addresses):
+        return None
+    cpu = get_cpu(engine.handle, -1) or get_cpu(engine.handle, 0)
+    if not cpu:
+        return None
+    for name, value in zip(GENERAL, _MAGIC, strict=True):
+        engine.set(name, value)
+    pattern = struct.pack("<8Q", *_MAGIC)
+    seen = b""
+    # In small steps: the state is surely inside the object, and what lies behind the object may not be readable.
+    for step in range(0, 0xC000, 256):
+        seen += ctypes.string_at(cpu + step, 256)
+        at = seen.find(pattern)
+        if at >= 0:
+            return Internals(cpu + at, cpu, *addresses)
+    return None

@@ -127,6 +127,8 @@ class VirtioDevice(ABC):
         self.status = 0
         self.driver_features = 0
         self.resetting = False
+        #: The device or some queue is resetting.
+        self._reset_due = False
         #: The driver has set up a queue through the legacy interface.
         self.legacy = False
         #: Why the device stopped, None while it runs.
@@ -251,17 +253,17 @@ class VirtioDevice(ABC):
 
     def begin_reset(self) -> None:
         """Reset as soon as nothing is in flight. Lock held."""
-        self.resetting = True
+        self.resetting = self._reset_due = True
         self._finish_resets()
 
     def reset_queue(self, queue: Virtqueue) -> None:
         """Reset one queue as soon as nothing of it is in flight (2.6.1). Lock held."""
-        queue.resetting = True
+        queue.resetting = self._reset_due = True
         self._finish_resets()
 
     def settle(self) -> None:
         """Finish resets that are under way, waiting for requests in flight. Lock held."""
-        if self.resetting or any(q.resetting for q in self.queues):
+        if self._reset_due:
             self.drain()
             # What comes back now finds another ring in its queue, or none, and is forgotten.
             self._finish_resets(wait=False)
@@ -269,21 +271,26 @@ class VirtioDevice(ABC):
     def reset_now(self) -> None:
         """The machine resets; requests were drained. Lock held."""
         self.drain()
-        self.resetting = True
+        self.resetting = self._reset_due = True
         self._finish_resets(wait=False)
 
     def _finish_resets(self, *, wait: bool = True) -> None:
+        if not self._reset_due:
+            return
         if self.resetting:
-            if not wait or not any(q.inflight for q in self.queues):
-                self._clear()
-                self.on_reset()
-                self.transport.device_was_reset()
+            if wait and any(q.inflight for q in self.queues):
+                return
+            self._clear()
+            self.on_reset()
+            self.transport.device_was_reset()
             return
         for queue in self.queues:
             if queue.resetting and not (wait and queue.inflight):
                 vector = queue.vector
                 queue.clear()
+                # The vector is no part of what the reset of a queue forgets (2.6.1).
                 queue.vector = vector
+        self._reset_due = any(q.resetting for q in self.queues)
 
     # Queues.
 

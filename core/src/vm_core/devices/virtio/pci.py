@@ -165,6 +165,7 @@ class VirtioPci(PciDevice):
         self.virtio.settle()
         self._unbind_kicks(None)
         super().unrealize()
+        self.ram.close()
 
     def reset(self) -> None:
         self.virtio.reset_now()

@@ -8,6 +8,7 @@ else goes through :meth:`GuestRam.views`. On a PC the largest range is all RAM f
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 from typing import NamedTuple
 
 from ...machine.memory import DmaError, GuestMemory, RegionKind
@@ -25,6 +26,7 @@ class GuestRam:
     """The ranges of guest memory that a device may reach."""
 
     def __init__(self, ranges: list[RamRange] | None = None) -> None:
+        self._forget: Callable[[], None] = lambda: None
         self.set_ranges(ranges or [])
 
     def set_ranges(self, ranges: list[RamRange]) -> None:
@@ -51,8 +53,14 @@ class GuestRam:
             ram.set_ranges(ranges)
 
         memory.listeners.append(follow)
+        ram._forget = lambda: memory.listeners.remove(follow)
         follow(memory)
         return ram
+
+    def close(self) -> None:
+        """Follow the machine's memory no longer. Views given out stay valid."""
+        self._forget()
+        self._forget = lambda: None
 
     def views(self, address: int, length: int, *, write: bool = True) -> list[memoryview]:
         """The bytes as views, one for each range they touch. Raises DmaError where there is none (to *write*)."""

@@ -1,0 +1,212 @@
+"""The refcount table and refcount blocks (*Host cluster management*).
+
+A block's entries are kept as an array of numbers in the host's order; widths below a byte are spread to a byte each
+while in memory. Only the cache is here: who changes counts in which order is decided in ``allocator.py`` and
+``order.py``.
+
+Rules of this module: a block reaches the disk before the table entry that points at it (:meth:`Refcounts.settle`); and
+a table entry on disk is never changed from one block to another.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+
+from .geometry import MAX_REFTABLE_BYTES, Geometry
+from .store import Store, swap
+
+_CODES = {8: "B", 16: "H", 32: "I", 64: "Q"}
+
+
+def decode(data: bytes, bits: int) -> array[int]:
+    """The counts in a refcount block's bytes."""
+    if bits >= 8:
+        return swap(array(_CODES[bits], data))
+    # Bit 0 of the field is the least significant: entry 0 is in a byte's low bits. All bytes at once, as one number.
+    spread = bytearray(len(data) * 8 // bits)
+    number = int.from_bytes(data, "little")
+    mask = int.from_bytes(bytes([(1 << bits) - 1]) * len(data), "little")
+    per_byte = 8 // bits
+    for lane in range(per_byte):
+        spread[lane::per_byte] = (number >> lane * bits & mask).to_bytes(len(data), "little")
+    return array("B", bytes(spread))
+
+
+def encode(counts: array[int], bits: int) -> bytes:
+    """The bytes for whole bytes' worth of counts."""
+    if bits >= 8:
+        return swap(counts[:]).tobytes()
+    raw = counts.tobytes()
+    per_byte = 8 // bits
+    number = 0
+    for lane in range(per_byte):
+        number |= int.from_bytes(raw[lane::per_byte], "little") << lane * bits
+    return number.to_bytes(len(raw) // per_byte, "little")
+
+
+class RefcountBlock:
+    """One block in memory. Entries from *low* to below *high* differ from the disk (none if low >= high)."""
+
+    __slots__ = ("counts", "high", "low", "offset")
+
+    def __init__(self, offset: int, counts: array[int]) -> None:
+        self.offset = offset
+        self.counts = counts
+        self.low, self.high = len(counts), 0
+
+    @property
+    def dirty(self) -> bool:
+        return self.low < self.high
+
+    def touch(self, low: int, high: int) -> None:
+        self.low = min(self.low, low)
+        self.high = max(self.high, high)
+
+    def clean(self) -> None:
+        self.low, self.high = len(self.counts), 0
+
+
+class Refcounts:
+    """Refcounts of all host clusters. Cluster numbers are host offsets divided by the cluster size."""
+
+    def __init__(self, store: Store, cache_bytes: int) -> None:
+        self.store = store
+        geometry = store.geometry
+        self.geometry: Geometry = geometry
+        header = store.header
+        if not header.refcount_table_clusters:
+            raise store.error("the refcount table has no clusters")
+        length = header.refcount_table_clusters << geometry.cluster_bits
+        if length > MAX_REFTABLE_BYTES:
+            raise store.error(f"refcount table of {length} bytes; {MAX_REFTABLE_BYTES} is the most that is supported")
+        if not header.refcount_table_offset:
+            raise store.error("refcount table at 0x0 overlaps the header")
+        store.check_range(header.refcount_table_offset, length, "refcount table")
+        self.table = store.read_words(header.refcount_table_offset, length // 8, "refcount table")
+        #: Table entries that are not on disk yet.
+        self.unlinked: set[int] = set()
+        self._blocks: OrderedDict[int, RefcountBlock] = OrderedDict()
+        entry_bytes = max(geometry.refcount_bits, 8) // 8
+        self._cache_limit = max(4, cache_bytes // (geometry.refblock_entries * entry_bytes))
+        self._shift = geometry.refblock_bits
+        self._index_mask = geometry.refblock_entries - 1
+
+    def block(self, index: int) -> RefcountBlock | None:
+        """The block number *index*; None where the table has none."""
+        found = self._blocks.get(index)
+        if found is not None:
+            self._blocks.move_to_end(index)
+            return found
+        offset = self.table[index] if index < len(self.table) else 0
+        if not offset:
+            return None
+        if offset & 511:
+            raise self.store.error(f"refcount table entry {index} ({offset:#x}) has reserved bits set")
+        self.store.file.event("refblock_load")
+        data = self.store.read(offset, self.geometry.cluster_size, f"refcount block {index}")
+        return self.insert(index, RefcountBlock(offset, decode(data, self.geometry.refcount_bits)))
+
+    def insert(self, index: int, block: RefcountBlock) -> RefcountBlock:
+        """Keep *block* as number *index*; clean blocks that were not used for long make room."""
+        self._blocks[index] = block
+        if len(self._blocks) > self._cache_limit:
+            for old, candidate in self._blocks.items():
+                if not candidate.dirty and candidate is not block:
+                    del self._blocks[old]
+                    break
+        return block
+
+    def add_block(self, index: int, offset: int) -> RefcountBlock:
+        """A new, empty block at host *offset*, not linked on disk before it is written."""
+        block = RefcountBlock(offset, decode(bytes(self.geometry.cluster_size), self.geometry.refcount_bits))
+        block.touch(0, len(block.counts))
+        self.table[index] = offset
+        self.unlinked.add(index)
+        return self.insert(index, block)
+
+    def get(self, cluster: int) -> int:
+        """The count of one cluster."""
+        block = self.block(cluster >> self._shift)
+        return 0 if block is None else block.counts[cluster & self._index_mask]
+
+    def set_run(self, first: int, count: int, value: int) -> None:
+        """Set the counts of *count* clusters. Their blocks exist."""
+        while count:
+            block = self.block(first >> self._shift)
+            assert block is not None
+            low = first & self._index_mask
+            high = min(low + count, len(block.counts))
+            block.counts[low:high] = array(block.counts.typecode, (value,)) * (high - low)
+            block.touch(low, high)
+            first += high - low
+            count -= high - low
+
+    def decrement(self, first: int, count: int) -> list[int]:
+        """One reference less to each of *count* clusters; returns those that are free now.
+
+        Raises EIO, and marks the image as corrupt, where there was none.
+        """
+        freed: list[int] = []
+        for cluster in range(first, first + count):
+            block = self.block(cluster >> self._shift)
+            index = cluster & self._index_mask
+            value = 0 if block is None else block.counts[index]
+            if block is None or not value:
+                offset = cluster << self.geometry.cluster_bits
+                raise self.store.mark_corrupt(f"the cluster at {offset:#x} is in use although its refcount is 0")
+            block.counts[index] = value - 1
+            block.touch(index, index + 1)
+            if value == 1:
+                freed.append(cluster)
+        return freed
+
+    # To disk
+
+    @property
+    def dirty(self) -> bool:
+        """Whether anything differs from the disk."""
+        return bool(self.unlinked) or any(block.dirty for block in self._blocks.values())
+
+    @property
+    def pressure(self) -> bool:
+        """Whether more changed blocks are kept than the cache should hold."""
+        return len(self._blocks) > self._cache_limit
+
+    def write_blocks(self) -> list[RefcountBlock]:
+        """Write what differs of the blocks; returns them, to be marked clean once that is stable."""
+        bits = self.geometry.refcount_bits
+        # Whole 64-byte pieces are whole bytes at any width, and sectors are better written at once.
+        grain = min(max(512 * 8 // bits, 1), self.geometry.refblock_entries)
+        written = []
+        for block in self._blocks.values():
+            if block.dirty:
+                low = block.low - block.low % grain
+                high = min(-(-block.high // grain) * grain, len(block.counts))
+                self.store.write(block.offset + low * bits // 8, encode(block.counts[low:high], bits))
+                written.append(block)
+        return written
+
+    def write_links(self) -> None:
+        """Write the table entries of new blocks, which are stable by now."""
+        entries = sorted(self.unlinked)
+        if entries:
+            self.store.file.event("reftable_update")
+            self.store.write_words(self.store.header.refcount_table_offset, self.table, entries[0], entries[-1] + 1)
+
+    def settle(self) -> None:
+        """Bring every count to stable storage. Increments of what nothing points at yet: safe at any time."""
+        written = self.write_blocks()
+        if written:
+            self.store.barrier()
+        for block in written:
+            block.clean()
+        if self.unlinked:
+            self.write_links()
+            self.store.barrier()
+            self.unlinked.clear()
+
+    def forget(self) -> None:
+        """Drop clean blocks, after something else changed the disk."""
+        for index in [index for index, block in self._blocks.items() if not block.dirty]:
+            del self._blocks[index]

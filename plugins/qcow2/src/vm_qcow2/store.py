@@ -1,0 +1,104 @@
+"""Access to an image's metadata: reads that are checked against the file, writes, header updates, the corrupt bit."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from array import array
+
+from vm_core.block.node import Node
+from vm_core.errors import BlockError, ImageError
+
+from .features import CORRUPT, DIRTY
+from .geometry import Geometry
+from .header import Header, human
+
+
+def swap(words: array[int]) -> array[int]:
+    """Between the disk's big-endian order and the host's, in place."""
+    if sys.byteorder == "little":
+        words.byteswap()
+    return words
+
+
+class Store:
+    """The file with the metadata, and the header, which is kept as it is on disk."""
+
+    def __init__(self, file: Node, header: Header, name: str) -> None:
+        self.file = file
+        self.header = header
+        self.name = name
+        self.geometry = Geometry(header)
+        #: Damage was found: nothing may be written any more.
+        self.corrupt = bool(header.incompatible_features & CORRUPT)
+        #: Writes were made since the last barrier.
+        self._unstable = False
+
+    def error(self, reason: str) -> ImageError:
+        """An error about the image, to be raised."""
+        return ImageError(self.name, reason)
+
+    # Reading
+
+    def check_range(self, offset: int, length: int, what: str) -> None:
+        """Raise ImageError unless *what* at *offset* starts on a cluster and lies in the file."""
+        if offset & (self.geometry.cluster_size - 1):
+            raise self.error(f"{what} at {offset:#x} is not aligned to clusters of {self.geometry.cluster_size} bytes")
+        size = self.file.size
+        if offset + length > size:
+            raise self.error(f"{what} at {offset:#x} lies outside the file ({human(size)})")
+
+    def read(self, offset: int, length: int, what: str) -> bytes:
+        """The bytes of a table; *what* names it in errors."""
+        self.check_range(offset, length, what)
+        return self.file.pread(offset, length)
+
+    def read_words(self, offset: int, count: int, what: str) -> array[int]:
+        """A table of 64-bit entries, in the host's byte order."""
+        return swap(array("Q", self.read(offset, count * 8, what)))
+
+    # Writing
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write metadata. It is stable after the next :meth:`barrier`."""
+        self._unstable = True
+        self.file.pwrite(offset, data)
+
+    def write_words(self, offset: int, words: array[int], start: int = 0, stop: int | None = None) -> None:
+        """Write the entries from *start* to *stop* of the table of 64-bit entries at *offset*."""
+        piece = words[start:stop]
+        self.write(offset + start * 8, swap(piece).tobytes())
+
+    def barrier(self) -> None:
+        """Return when everything written so far is stable."""
+        self.file.flush()
+        self._unstable = False
+
+    def write_header(self, first: str, last: str = "") -> None:
+        """Write the header fields from *first* to *last*, within one sector, so that a power cut leaves old or new."""
+        self.write(*self.header.pack_fields(first, last))
+
+    # Marks in the header
+
+    def set_dirty(self, dirty: bool) -> None:
+        """Write the dirty bit, unless it is so already. The caller sees to the barriers around it."""
+        old = self.header.incompatible_features
+        new = old | DIRTY if dirty else old & ~DIRTY
+        if old != new:
+            self.header.incompatible_features = new
+            self.write_header("incompatible_features")
+
+    def mark_corrupt(self, reason: str) -> BlockError:
+        """Refuse all further writes, also by others (version 3), because of *reason*; returns the error to raise."""
+        if not self.corrupt:
+            self.corrupt = True
+            if self.geometry.version >= 3 and not self.file.readonly:
+                self.header.incompatible_features |= CORRUPT
+                self.write_header("incompatible_features")
+                self.barrier()
+        return BlockError.of(errno.EIO, f"{self.name}: {reason}; the image is corrupt and is not written any more")
+
+    def check_writable(self) -> None:
+        """Raise EIO if damage was found before."""
+        if self.corrupt:
+            raise BlockError.of(errno.EIO, f"{self.name}: the image is corrupt and is not written any more")
