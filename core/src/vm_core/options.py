@@ -257,7 +257,7 @@ def _shape(option: Option) -> str:
 def _default(option: Option) -> str:
     if option.required:
         return " (required)"
-    if option.default is None:
+    if option.default is None or "(default" in option.help:  # the help says it better
         return ""
     shown = ("off", "on")[option.default] if isinstance(option.default, bool) else option.default
     return f" (default: {shown})"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import cast
@@ -249,6 +250,10 @@ class PluginRegistry:
         found = [driver.entry() for driver in self._drivers] + self._failures
         return sorted(found, key=lambda entry: (order.index(entry.kind), entry.name, entry.distribution))
 
+    def described(self, kind: str) -> list[tuple[Descriptor, PluginEntry]]:
+        """Every driver of *kind* that was described, healthy or not, with its line of the listing."""
+        return [(d.descriptor, d.entry()) for d in self._drivers if d.descriptor.kind == kind]
+
     def distribution(self, descriptor: Descriptor) -> str:
         """The distribution that brought *descriptor*; empty where it is not registered."""
         return next((driver.distribution for driver in self._drivers if driver.descriptor is descriptor), "")
@@ -380,18 +385,21 @@ def implementation_error(descriptor: Descriptor, error: BaseException) -> Plugin
 
 
 _registry: PluginRegistry | None = None
+_making = threading.RLock()
 
 
 def registry() -> PluginRegistry:
     """The process's registry, filled on first use. Raises PluginError for ill health under ``VM_STRICT_PLUGINS``."""
     global _registry
     if _registry is None:
-        made = PluginRegistry()
-        made.discover()
-        if strict():
-            made.verify()
-            made.require_health()
-        _registry = made
+        with _making:
+            if _registry is None:
+                made = PluginRegistry()
+                made.discover()
+                if strict():
+                    made.verify()
+                    made.require_health()
+                _registry = made
     return _registry
 
 

@@ -123,6 +123,14 @@ def test_a_broken_and_two_equal_plugins_are_told(tmp_path: Path) -> None:
     assert "vm-vmdk, which is broken: ModuleNotFoundError: No module named 'no_such_module'; pip install" in told
     told = complaint(vm("-drive", "if=none,file=disk.img,format=twin", environ=environ, cwd=tmp_path))
     assert "is brought by acme-one and acme-two: write acme-one:twin or acme-two:twin" in told
+    device = good.replace("FormatDriver", "DeviceFrontend").replace("format_drivers", "device_frontends")
+    for module in ("acme_one", "acme_two"):
+        (tmp_path / f"{module}.py").write_text(device.replace("'json:loads'", "'json:loads', interfaces=('twin',)"))
+    told = complaint(vm("-drive", "if=twin,file=disk.img", environ=environ, cwd=tmp_path))
+    assert "if=twin needs 'twin' of acme-one, which is in conflict: acme-two brings" in told
+    assert "VM_DISABLE_PLUGINS=acme-one" in told
+    for module in ("acme_one", "acme_two"):
+        (tmp_path / f"{module}.py").write_text(good)
     listed = vm("--list-plugins", "format", "--json", environ=environ)
     assert listed.returncode == 0
     health = {(entry["distribution"], entry["health"]) for entry in json.loads(listed.stdout)}

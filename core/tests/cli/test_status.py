@@ -102,16 +102,27 @@ def test_the_live_picture_shows_stack_phases_and_counters(drives: list[Drive]) -
     assert len(console.file.getvalue()) == size, "nothing is drawn once the guest has the terminal"
 
 
-def test_a_failed_phase_is_marked(drives: list[Drive]) -> None:
+def test_a_failed_start_is_marked(drives: list[Drive]) -> None:
     """The phase in which an error happened is not shown as done."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, height=50, color_system=None)
+    status = RichStatus(console)
+    boot(status, drives)
+    status.fail()
+    status.close()
+    assert isinstance(console.file, io.StringIO)
+    last = [line for line in console.file.getvalue().splitlines() if "kernel" in line][-1]
+    assert "✗" in last
+
+
+def test_an_error_before_there_is_a_machine_leaves_no_picture(drives: list[Drive]) -> None:
+    """When images cannot be opened, what was drawn is erased, and the error is all that remains."""
     console = Console(file=io.StringIO(), force_terminal=True, width=100, height=50, color_system=None)
     status = RichStatus(console)
     status.begin("images")
     status.fail()
     status.close()
     assert isinstance(console.file, io.StringIO)
-    last = [line for line in console.file.getvalue().splitlines() if "images opened" in line][-1]
-    assert "✗" in last
+    assert console.file.getvalue().endswith("\x1b[1A\x1b[2K")
 
 
 def test_the_kind_of_status_follows_the_options() -> None:

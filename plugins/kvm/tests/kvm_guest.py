@@ -11,6 +11,7 @@ from typing import Any
 
 import attrs
 import pytest
+
 from vm_core.machine.accel import CpuInterrupts, CpuState, Segment
 from vm_core.machine.memory import GuestMemory, Region, RegionKind
 from vm_core.machine.ports import PortSpace
@@ -129,11 +130,10 @@ class Guest:
                 time.sleep(0.001)
             late = not self._stop
         assert not late, f"the guest did not finish in {timeout} s: {self.cpus[0].registers()}"
-        assert not self.errors, self.errors
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """vCPUs run in threads of their own inside the ``with``, and have returned after it."""
+    def running(self, *, fails: bool = False) -> Iterator[None]:
+        """vCPUs run in threads of their own inside the ``with``, and have returned after it; *fails*: with an error."""
         self._stop = False
 
         def body(cpu: Any) -> None:
@@ -150,6 +150,7 @@ class Guest:
             for thread in threads:
                 thread.join(10)
                 assert not thread.is_alive(), "a vCPU did not return when it was kicked"
+            assert fails == bool(self.errors), self.errors
 
     def close(self) -> None:
         for cpu in self.cpus:

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from vm_kvm import abi
 
 COMPILER = shutil.which("cc") or shutil.which("gcc")
@@ -17,13 +18,50 @@ pytestmark = pytest.mark.skipif(
     COMPILER is None or not HEADER.exists(), reason="needs a C compiler and <linux/kvm.h> (gcc, linux-libc-dev)"
 )
 
-IOCTLS = (
-    "GET_API_VERSION CREATE_VM GET_MSR_INDEX_LIST CHECK_EXTENSION GET_VCPU_MMAP_SIZE GET_SUPPORTED_CPUID CREATE_VCPU "
-    "SET_USER_MEMORY_REGION SET_TSS_ADDR SET_IDENTITY_MAP_ADDR CREATE_IRQCHIP IRQ_LINE GET_IRQCHIP SET_IRQCHIP "
-    "SET_GSI_ROUTING IRQFD CREATE_PIT2 IOEVENTFD GET_PIT2 SET_PIT2 SIGNAL_MSI RUN GET_REGS SET_REGS GET_SREGS "
-    "SET_SREGS GET_MSRS SET_MSRS GET_FPU SET_FPU GET_LAPIC SET_LAPIC SET_CPUID2 GET_MP_STATE SET_MP_STATE "
-    "GET_VCPU_EVENTS SET_VCPU_EVENTS GET_DEBUGREGS SET_DEBUGREGS GET_XCRS SET_XCRS KVMCLOCK_CTRL"
-).split()
+IOCTLS = [
+    "GET_API_VERSION",
+    "CREATE_VM",
+    "GET_MSR_INDEX_LIST",
+    "CHECK_EXTENSION",
+    "GET_VCPU_MMAP_SIZE",
+    "GET_SUPPORTED_CPUID",
+    "CREATE_VCPU",
+    "SET_USER_MEMORY_REGION",
+    "SET_TSS_ADDR",
+    "SET_IDENTITY_MAP_ADDR",
+    "CREATE_IRQCHIP",
+    "IRQ_LINE",
+    "GET_IRQCHIP",
+    "SET_IRQCHIP",
+    "SET_GSI_ROUTING",
+    "IRQFD",
+    "CREATE_PIT2",
+    "IOEVENTFD",
+    "GET_PIT2",
+    "SET_PIT2",
+    "SIGNAL_MSI",
+    "RUN",
+    "GET_REGS",
+    "SET_REGS",
+    "GET_SREGS",
+    "SET_SREGS",
+    "GET_MSRS",
+    "SET_MSRS",
+    "GET_FPU",
+    "SET_FPU",
+    "GET_LAPIC",
+    "SET_LAPIC",
+    "SET_CPUID2",
+    "GET_MP_STATE",
+    "SET_MP_STATE",
+    "GET_VCPU_EVENTS",
+    "SET_VCPU_EVENTS",
+    "GET_DEBUGREGS",
+    "SET_DEBUGREGS",
+    "GET_XCRS",
+    "SET_XCRS",
+    "KVMCLOCK_CTRL",
+]
 
 CONSTANTS = {
     "KVM_API_VERSION": abi.API_VERSION,
@@ -115,7 +153,9 @@ def test_numbers_and_layouts_are_those_of_the_kernels_header(tmp_path: Path) -> 
     lines = [f'printf("%llu\\n", (unsigned long long)({expression}));' for expression in expected]
     source = tmp_path / "abi.c"
     source.write_text(
-        "#include <stddef.h>\n#include <stdio.h>\n#include <linux/kvm.h>\nint main(void) {\n%s\n}\n" % "\n".join(lines)
+        "\n".join(
+            ("#include <stddef.h>", "#include <stdio.h>", "#include <linux/kvm.h>", "int main(void) {", *lines, "}", "")
+        )
     )
     program = tmp_path / "abi"
     assert COMPILER is not None

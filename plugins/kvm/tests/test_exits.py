@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import attrs
 import pytest
-from kvm_guest import DONE, ORIGIN, Guest, Recorder, guest, needs_kvm
+from kvm_guest import DONE, ORIGIN, Guest, Recorder, guest, needs_kvm, until
+
 from vm_core.machine.memory import Region, RegionKind
 
 pytestmark = needs_kvm
@@ -179,7 +180,7 @@ def test_the_map_may_change_inside_a_handler() -> None:
 
 
 def test_an_access_across_the_end_of_a_range_is_cut_there() -> None:
-    """A dword that straddles two ranges reaches both, with the sizes that fit; a hole reads as ones and takes writes."""
+    """A dword that straddles two ranges reaches both in fitting sizes; a hole reads as ones and takes writes."""
     code = (
         b"\xb8\x00\xb0\x8e\xd8"  # mov ax, 0xb000; mov ds, ax
         b"\x66\xc7\x06\x0e\x00\x11\x22\x33\x44"  # mov dword [0x0e], 0x44332211   two ranges
@@ -227,9 +228,7 @@ def test_an_instruction_that_kvm_cannot_run_stops_the_machine_with_its_bytes() -
     """A jump into a hole is an internal error that names the cause and shows the registers, not a hang."""
     code = b"\xea\x00\x00\x00\xc0"  # jmp 0xc000:0, a hole
     with guest(code, ram=0xA0000) as g:
-        with g.running():
-            from kvm_guest import until
-
+        with g.running(fails=True):
             until(lambda: g.errors)
         assert "internal error" in g.errors[0]
         assert "rip=0" in g.errors[0]

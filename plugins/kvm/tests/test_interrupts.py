@@ -6,9 +6,7 @@ import os
 import struct
 import time
 
-import pytest
 from kvm_guest import DONE, ORIGIN, Guest, guest, needs_kvm, until
-from vm_core.errors import VmError
 
 pytestmark = needs_kvm
 
@@ -79,7 +77,8 @@ def count_vector(g: Guest, vector: int, counter: int) -> None:
     """A 32-bit handler that increments the dword at *counter*."""
     code = b"\xff\x05" + struct.pack("<I", counter)  # inc dword [counter]
     code += b"\xc7\x05\xb0\x00\xe0\xfe\0\0\0\0"  # mov dword [0xfee000b0], 0   EOI
-    code += b"\xcf"  # iret
+    # Not iret: a KVM that emulates every instruction does not know it outside real mode. Drop the frame and wait.
+    code += b"\x83\xc4\x0c" + WAIT  # add esp, 12; sti; 1: hlt; jmp 1
     address = 0x5000 + 0x40 * (vector - 0x40)
     g.memory.write(address, code)
     g.gate(vector, address)
@@ -102,7 +101,7 @@ def test_a_message_interrupts_the_processor() -> None:
 
 
 def test_signals_of_an_irqfd_interrupt_the_processor() -> None:
-    """An eventfd bound to an MSI interrupts the guest at each signal; bound anew it brings another vector; unbound, none."""
+    """An eventfd bound to an MSI interrupts at each signal; bound anew it brings another vector; unbound, none."""
     with guest(APIC_ON + WAIT, protected=True) as g:
         count_vector(g, 0x41, COUNTER)
         count_vector(g, 0x42, COUNTER + 4)
@@ -129,21 +128,15 @@ def test_signals_of_an_irqfd_interrupt_the_processor() -> None:
 def test_the_routing_table_has_an_end() -> None:
     """Where the kernel has no route left for another message, bind_msi says no and the bound ones stay."""
     with guest(FINISH) as g:
-        fds = []
+        routing = g.accel.irqchip._routing
+        # Filling it one by one would load 4,000 growing tables.
+        routing._messages.update({100 + number: (MSI_ADDRESS, 0x41) for number in range(3980)})
+        fds = [os.eventfd(0) for _ in range(200)]
         try:
-            bound = []
-            routing = g.accel.irqchip._routing
-            with pytest.raises(VmError, match="interrupt routes"):
-                for number in range(5000):
-                    # Filling the table one by one would load 4,096 growing tables; only the last loads matter.
-                    routing._messages[100 + number] = (MSI_ADDRESS, 0x41)
-                    if number >= 4050:
-                        fds.append(os.eventfd(0))
-                        g.accel.irqchip.bind_msi(fds[-1], MSI_ADDRESS, 0x41)
-                        bound.append(fds[-1])
-            assert bound
-            assert not g.accel.bind_msi(fds[-1], MSI_ADDRESS, 0x41)
+            bound = [fd for fd in fds if g.accel.bind_msi(fd, MSI_ADDRESS, 0x41)]
+            assert 0 < len(bound) < len(fds)
             g.accel.unbind_msi(bound[0])
+            assert g.accel.bind_msi(fds[-1], MSI_ADDRESS, 0x41)
         finally:
             for fd in fds:
                 os.close(fd)
@@ -180,7 +173,7 @@ def test_a_reset_puts_the_chips_back() -> None:
         g.run()
         assert irqchip._save() != fresh
         g.reset()
-        assert [part[1] for part in irqchip._save()[:3]] == [part[1] for part in fresh[:3]]
+        assert irqchip._save()[1:] == fresh[1:]  # but for the PIT, which holds times
         g.memory.write(ORIGIN, b"\xe4\x21\xa2\x00\x20" + FINISH)  # in al, 0x21; mov [0x2000], al
         g.run()
         assert g.memory.read(0x2000, 1) == b"\0"

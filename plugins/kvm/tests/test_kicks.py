@@ -11,6 +11,7 @@ import threading
 import time
 
 from kvm_guest import DONE, Recorder, guest, needs_kvm, until
+
 from vm_core.machine.memory import Region, RegionKind
 from vm_kvm import kick
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from kvm_guest import needs_kvm
+
 from vm_core.machine.memory import FlatRange, Region, RegionKind
 from vm_kvm import abi, probe, system
 from vm_kvm.accelerator import KvmAccelerator

@@ -187,6 +187,7 @@ def usage() -> str:
         lines.append("")
     lines += [
         "While the guest has the terminal: Ctrl-a x ends the machine, Ctrl-a c is the monitor, Ctrl-a h is help.",
-        "Plugins: VM_PLUGINS, VM_DISABLE_PLUGINS and VM_STRICT_PLUGINS choose what is loaded; VM_TRUST as --trust.",
+        "Plugins: VM_PLUGINS, VM_DISABLE_PLUGINS and VM_STRICT_PLUGINS choose what is loaded; VM_TRUST is as --trust.",
+        "VM_DEBUG=1 shows where an error came from.",
     ]
     return "\n".join(lines)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PluginError, UsageError, VmError
 from ..options import parse, parse_bool, suggest
-from ..plugins import registry
+from ..plugins import Health, registry
 from .drives import DriveSpec, cache_mode_switches, drive_specs
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ class Images:
     def __init__(self, line: CommandLine, warn: Warn) -> None:
         self._warn = warn
         self._trust = tuple(given.value for given in line.all("trust"))
+        for directory in self._trust:
+            if not os.path.isdir(directory):
+                raise UsageError(f"--trust {directory}: there is no such directory")
         self._blockdevs = [given.value for given in line.all("blockdev")]
         self.specs = drive_specs(line)
         #: Drives in the order of the command line, those of -blockdev when a device uses them.
@@ -201,6 +205,15 @@ def check_interface(spec: DriveSpec) -> None:
     there = f"there is: {', '.join(['none', *served])}"
     if frontends:
         raise UsageError(f"{spec.spelled}: if={spec.interface} takes no media={spec.media}")
+    for descriptor, entry in registry().described("device"):
+        if spec.interface in getattr(descriptor, "interfaces", ()) and spec.media in getattr(descriptor, "media", ()):
+            state, remedy = str(entry.health), entry.remedy
+            if entry.health is Health.CONFLICT:
+                state, remedy = "in conflict", f"disable one: VM_DISABLE_PLUGINS={entry.distribution}"
+            raise PluginError(
+                f"{spec.spelled}: if={spec.interface} needs {entry.name!r} of {entry.distribution}, which is "
+                f"{state}: {entry.reason}; {remedy}"
+            )
     known = _INTERFACES.get(spec.interface)
     if known is None:
         raise UsageError(f"{spec.spelled}: no interface {spec.interface!r}; {there}")

@@ -70,10 +70,11 @@ class RichStatus(Status):
                 self.console.print(Rule(Text("guest console · Ctrl-a h for help", style="dim"), style="dim"))
 
     def close(self) -> None:
-        """Leave what was drawn, without the line that announces the guest's console."""
+        """Leave what was drawn, without the line that announces the guest's console; nothing if there is no machine."""
         with self._stopping:
             if not self._over:
                 self._over = self._final = True
+                self._live.transient = self.failed and self.assembly is None
                 self._live.stop()
 
     def render(self) -> RenderableType:

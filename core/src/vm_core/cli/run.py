@@ -55,8 +55,8 @@ class Run:
         distributions = {entry.distribution for entry in healthy}
         status.end(f"{len(healthy)} drivers of {len(distributions)} distributions")
 
-        status.begin("images")
         self.images = Images(line, status.warn)
+        status.begin("images")
         self.images.open()
         status.end(_count(len(self.images.drives), "drive"))
 

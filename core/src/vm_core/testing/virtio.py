@@ -665,7 +665,7 @@ class BlockDriver:
                     self._used[number, id] = written
                 again = self.interrupts and ring.enable_interrupts()
 
-    def wait(self, pending: Pending, timeout: float = 10.0) -> tuple[int, bytes]:
+    def wait(self, pending: Pending, timeout: float = 2.0) -> tuple[int, bytes]:
         """(status byte, data) of a request. Raises TimeoutError."""
         deadline = time.monotonic() + timeout
         while (pending.queue, pending.id) not in self._used:

@@ -57,15 +57,14 @@ class KvmIrqchip:
     # Reset.
 
     def _save(self) -> list[tuple[int, bytes]]:
-        state = []
+        pit = ctypes.create_string_buffer(abi.PIT2_SIZE)
+        ioctl(self._vm, abi.GET_PIT2, pit)
+        state = [(abi.SET_PIT2, pit.raw)]  # first: loading its counters moves its line
         for chip in (abi.CHIP_PIC_MASTER, abi.CHIP_PIC_SLAVE, abi.CHIP_IOAPIC):
             buffer = ctypes.create_string_buffer(abi.IRQCHIP_SIZE)
             ctypes.c_uint32.from_buffer(buffer).value = chip
             ioctl(self._vm, abi.GET_IRQCHIP, buffer)
             state.append((abi.SET_IRQCHIP, buffer.raw))
-        pit = ctypes.create_string_buffer(abi.PIT2_SIZE)
-        ioctl(self._vm, abi.GET_PIT2, pit)
-        state.append((abi.SET_PIT2, pit.raw))
         return state
 
     def reset(self) -> None:

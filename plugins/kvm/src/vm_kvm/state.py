@@ -9,6 +9,7 @@ page-fault notes), which must not outlive the guest kernel that set them up.
 from __future__ import annotations
 
 import ctypes
+import errno
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
@@ -50,7 +51,12 @@ class SavedState:
         self._parts: dict[str, bytes] = {}
         for part in (*_BEFORE_MSRS, *_AFTER_MSRS):
             buffer = ctypes.create_string_buffer(part.size)
-            ioctl(vcpu, part.get, buffer)
+            try:
+                ioctl(vcpu, part.get, buffer)
+            except OSError as e:
+                if part.name != "xcrs" or e.errno != errno.EINVAL:  # a processor without XSAVE has none
+                    raise
+                continue
             self._parts[part.name] = buffer.raw
         # The time-stamp counter goes on: guests take a jump backwards on one vCPU for a broken counter.
         self._msrs = read_msrs(vcpu, [index for index in msrs if index != _IA32_TSC])
@@ -63,7 +69,8 @@ class SavedState:
 
     def _put(self, vcpu: int, parts: Sequence[_Part]) -> None:
         for part in parts:
-            ioctl(vcpu, part.set, ctypes.create_string_buffer(self._parts[part.name], part.size))
+            if part.name in self._parts:
+                ioctl(vcpu, part.set, ctypes.create_string_buffer(self._parts[part.name], part.size))
 
 
 def read_msrs(vcpu: int, indices: Sequence[int]) -> list[tuple[int, int]]:

@@ -210,3 +210,18 @@ class Refcounts:
         """Drop clean blocks, after something else changed the disk."""
         for index in [index for index, block in self._blocks.items() if not block.dirty]:
             del self._blocks[index]
+
+    def drop(self, index: int) -> None:
+        """Undo :meth:`add_block`."""
+        self._blocks.pop(index, None)
+        self.unlinked.discard(index)
+        if index < len(self.table):
+            self.table[index] = 0
+
+    def trim(self) -> None:
+        """Bring the cache back to its size."""
+        for index in list(self._blocks):
+            if len(self._blocks) <= self._cache_limit:
+                return
+            if not self._blocks[index].dirty:
+                del self._blocks[index]

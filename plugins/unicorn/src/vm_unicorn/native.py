@@ -98,7 +98,63 @@ _X86_64_INVALID = bytes.fromhex(
 )
 
 # AArch64, AAPCS64: the same three with x0… in place of rdi, rsi, edx, rcx.
-#AARCH64#
+# A64 instructions are stored little-endian. Offsets are those of the words above.
+_AARCH64_BLOCK = bytes.fromhex(
+    "690040b9"  #            ldr w9, [x3]
+    "49000035"  #            cbnz w9, look
+    "c0035fd6"  #            ret
+    "690440b9"  #      look: ldr w9, [x3, #4]
+    "09040035"  #            cbnz w9, leave
+    "6a0840f9"  #            ldr x10, [x3, #16]
+    "4a0140b9"  #            ldr w10, [x10]
+    "4a034836"  #            tbz w10, #9, out
+    "6a0c40f9"  #            ldr x10, [x3, #24]
+    "4a0140b9"  #            ldr w10, [x10]
+    "ea021837"  #            tbnz w10, #3, out
+    "610c40b9"  #            ldr w1, [x3, #12]
+    "c102f837"  #            tbnz w1, #31, wait
+    "09008012"  #            mov w9, #0xffffffff
+    "690c00b9"  #            str w9, [x3, #12]
+    "7f0000b9"  #            str wzr, [x3]
+    "bf3b03d5"  #            dmb ish
+    "690440b9"  #            ldr w9, [x3, #4]
+    "6a0840b9"  #            ldr w10, [x3, #8]
+    "29010a2a"  #            orr w9, w9, w10
+    "69000034"  #            cbz w9, deliver
+    "29008052"  #            mov w9, #0x1
+    "690000b9"  #            str w9, [x3]
+    "fd7bbea9"  #   deliver: stp x29, x30, [sp, #-32]!
+    "f30b00f9"  #            str x19, [sp, #16]
+    "f30303aa"  #            mov x19, x3
+    "601040f9"  #            ldr x0, [x3, #32]
+    "22008052"  #            mov w2, #0x1
+    "701c40f9"  #            ldr x16, [x3, #56]
+    "00023fd6"  #            blr x16
+    "601640f9"  #            ldr x0, [x19, #40]
+    "702240f9"  #            ldr x16, [x19, #64]
+    "00023fd6"  #            blr x16
+    "c0035fd6"  #       out: ret
+    "690840b9"  #      wait: ldr w9, [x3, #8]
+    "c9ffff34"  #            cbz w9, out
+    "29008052"  #     leave: mov w9, #0x1
+    "695000b9"  #            str w9, [x3, #80]
+    "701840f9"  #            ldr x16, [x3, #48]
+    "00021fd6"  #            br x16
+)
+_AARCH64_EXCEPTION = bytes.fromhex(
+    "401440f9"  #            ldr x0, [x2, #40]
+    "502440f9"  #            ldr x16, [x2, #72]
+    "00021fd6"  #            br x16
+)
+_AARCH64_INVALID = bytes.fromhex(
+    "fd7bbfa9"  #            stp x29, x30, [sp, #-16]!
+    "201440f9"  #            ldr x0, [x1, #40]
+    "302440f9"  #            ldr x16, [x1, #72]
+    "00023fd6"  #            blr x16
+    "20008052"  #            mov w0, #0x1
+    "fd7bc1a8"  #            ldp x29, x30, [sp], #16
+    "c0035fd6"  #            ret
+)
 
 
 @attrs.frozen
@@ -113,6 +169,7 @@ class MachineCode:
 _HOSTS = {
     "x86_64": MachineCode(_X86_64_BLOCK, _X86_64_EXCEPTION, _X86_64_INVALID),
     "amd64": MachineCode(_X86_64_BLOCK, _X86_64_EXCEPTION, _X86_64_INVALID),
+    "aarch64": MachineCode(_AARCH64_BLOCK, _AARCH64_EXCEPTION, _AARCH64_INVALID),
 }
 
 
@@ -121,6 +178,16 @@ def machine_code() -> MachineCode | None:
     if sys.platform == "win32" or ctypes.sizeof(ctypes.c_void_p) != 8:
         return None
     return _HOSTS.get(platform.machine().lower())
+
+
+def _clear_instruction_cache(start: int, end: int) -> None:
+    """Make code that was written as data visible to instruction fetch; x86 does it by itself. Raises OSError."""
+    try:
+        clear = ctypes.CDLL("libgcc_s.so.1").__clear_cache
+    except AttributeError as error:
+        raise OSError("this host's libgcc has no __clear_cache") from error
+    clear.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+    clear(start, end)
 
 
 class Control:
@@ -138,6 +205,8 @@ class Control:
             self._code[at : at + len(part)] = part
             places.append(base + at)
             at = (at + len(part) + 15) & ~15
+        if platform.machine() == "aarch64":
+            _clear_instruction_cache(base, base + at)
         self.block, self.exception, self.invalid = places
         self.attention = ctypes.c_uint32.from_address(self.address + ATTENTION)
         self.stop = ctypes.c_uint32.from_address(self.address + STOP)
@@ -235,11 +304,7 @@ def find_layout(engine: Engine) -> StateLayout | None:
             segments[name] = place
 
         # An exception with an error code that nobody takes: MOV DS, 28h with an empty descriptor table.
-        engine.set("cr0", 0x11)
         base = ctypes.addressof(ctypes.c_char.from_buffer(page))
-        for name in ("cs", "ds", "es", "ss"):
-            engine.set(name, 0)
-        page[:7] = bytes.fromhex("b828000000 8ed8")  # mov eax, 28h; mov ds, eax (or their 16-bit reading: B8 0028)
         engine.set("cr0", 0x10)
         for name in ("cs", "ds", "es", "ss"):
             engine.set(name, 0)

@@ -1,0 +1,265 @@
+"""Free clusters, first fit, and the growth of the refcount structures.
+
+Clusters are taken where QEMU takes them: a hint moves up with each allocation and back down when a cluster is freed;
+holes too small for what is wanted are passed over. A refcount block that is missing is placed at the next free cluster
+after the allocation that needed it, which is then placed anew.
+
+Rules of this module:
+
+* A cluster that was given back can still be pointed at by the tables on disk. So :meth:`Allocator.free` only notes it;
+  it becomes free in :meth:`Allocator.release`, which ``order.py`` calls once those tables are stable.
+* Clusters that were allocated and never became part of any table (:meth:`Allocator.cancel`) are free at once.
+* The refcount table moves when it is full: everything it counts is made stable first, then the new table with its
+  blocks, then the header that points at it, each before the next.
+"""
+
+from __future__ import annotations
+
+import errno
+from array import array
+
+from vm_core.errors import BlockError
+
+from .geometry import MAX_HOST_OFFSET, MAX_REFTABLE_BYTES
+from .overlap import MetadataMap
+from .refcounts import Refcounts
+from .store import Store
+
+#: Runs of freed clusters that are kept before everything is written back to release them.
+MAX_PENDING = 4096
+
+
+class Allocator:
+    """Takes and gives back host clusters. Clusters are given by number."""
+
+    def __init__(self, store: Store, refcounts: Refcounts, metadata: MetadataMap) -> None:
+        self.store = store
+        self.refcounts = refcounts
+        self.metadata = metadata
+        self._shift = store.geometry.refblock_bits
+        self._per_block = store.geometry.refblock_entries
+        #: No cluster below is free (some are, where an allocation found them too few in a row).
+        self._hint = 0
+        #: (first, count, whether the guest asked for it) of clusters to give back.
+        self.pending: list[tuple[int, int, bool]] = []
+        #: From here on the file was never written: reads as zeroes.
+        self.fresh_from = -(-store.file.size >> store.geometry.cluster_bits)
+
+    @property
+    def pressure(self) -> bool:
+        """Whether many clusters wait to be released."""
+        return len(self.pending) > MAX_PENDING
+
+    # Taking
+
+    def allocate(self, count: int) -> int:
+        """Take *count* clusters in a row, each with refcount one; returns the first. Raises BlockError."""
+        self.store.check_writable()
+        while True:
+            first = self._find(count)
+            if first + count << self.store.geometry.cluster_bits > MAX_HOST_OFFSET:
+                self._hint = min(self._hint, first)
+                raise BlockError.of(errno.EFBIG)
+            missing = self._missing_block(first, count)
+            if missing is None:
+                break
+            try:
+                self._create_block(missing)
+            finally:
+                # The new block may have been put where this allocation was planned.
+                self._hint = min(self._hint, first)
+        self.metadata.check(first, count)
+        self.refcounts.set_run(first, count, 1)
+        self.fresh_from = max(self.fresh_from, first + count)
+        return first
+
+    def allocate_metadata(self, count: int, kind: str) -> int:
+        """Like :meth:`allocate`, for a table that will never be written as data."""
+        first = self.allocate(count)
+        self.metadata.add(first, count, kind)
+        return first
+
+    def is_fresh(self, first: int) -> bool:
+        """Whether the file was never written from cluster *first* on, so that it reads as zeroes. Ask before taking."""
+        return first >= self.fresh_from
+
+    def _find(self, count: int) -> int:
+        """*count* free clusters in a row, from the hint on; moves the hint past them."""
+        position = self._hint
+        found = 0
+        while found < count:
+            index, low = position >> self._shift, position & self._per_block - 1
+            block = self.refcounts.block(index)
+            if block is None:
+                step = min(count - found, self._per_block - low)
+                found += step
+                position += step
+                continue
+            counts = block.counts
+            if not found:
+                try:
+                    start = counts.index(0, low)
+                except ValueError:
+                    position += self._per_block - low
+                    continue
+                position += start - low
+                low = start
+            step = min(count - found, self._per_block - low)
+            piece = counts[low : low + step]
+            if step == 1 or piece == array(counts.typecode, bytes(step * counts.itemsize)):
+                if piece[0]:
+                    found = 0
+                    position += 1
+                    continue
+                found += step
+                position += step
+            else:
+                used = next(i for i, value in enumerate(piece) if value)
+                found = 0
+                position += used + 1
+        self._hint = position
+        return position - count
+
+    def _missing_block(self, first: int, count: int) -> int | None:
+        """The first refcount block needed for a range of clusters that does not exist."""
+        table = self.refcounts.table
+        for index in range(first >> self._shift, (first + count - 1 >> self._shift) + 1):
+            if index >= len(table) or not table[index]:
+                return index
+        return None
+
+    def _create_block(self, index: int) -> None:
+        """Make refcount block *index*; or one that it needs first, in which case the caller finds out and asks again."""
+        cluster = self._find(1)
+        own = cluster >> self._shift
+        if own != index and self._missing_block(cluster, 1) is not None:
+            try:
+                self._create_block(own)
+            finally:
+                self._hint = min(self._hint, cluster)
+            return
+        self.metadata.check(cluster, 1)
+        self.store.file.event("refblock_alloc")
+        if own != index:
+            self.refcounts.set_run(cluster, 1, 1)
+        if index >= len(self.refcounts.table):
+            self._grow_table(index, cluster)
+        else:
+            self.refcounts.add_block(index, cluster << self.store.geometry.cluster_bits)
+        if own == index:
+            # It counts itself.
+            self.refcounts.set_run(cluster, 1, 1)
+        self.metadata.add(cluster, 1, "refcount block")
+        self.fresh_from = max(self.fresh_from, cluster + 1)
+
+    def _grow_table(self, index: int, cluster: int) -> None:
+        """Move the refcount table to a larger one that has room for block *index*, which will be at *cluster*.
+
+        The new table and the blocks that count it go to the start of the first area that no block counts yet, where all
+        clusters are free. Half as much again is added, so that this happens rarely.
+        """
+        store, refcounts, geometry = self.store, self.refcounts, self.store.geometry
+        per_block, words = self._per_block, geometry.cluster_size // 8
+        area = (index + 1) * per_block
+        blocks = self._blocks_for(area)
+        entries = -(-(blocks + -(-blocks // 2)) // words) * words
+        if entries * 8 > MAX_REFTABLE_BYTES:
+            raise BlockError.of(errno.EFBIG, f"{store.name}: the refcount table cannot grow any more")
+        first_new = index + 1
+        table_clusters = entries // words
+        new_blocks = blocks - first_new
+        used = new_blocks + table_clusters
+        # Everything the old table counts becomes stable under the old table.
+        refcounts.settle()
+        old_first = store.header.refcount_table_offset >> geometry.cluster_bits
+        old_count = store.header.refcount_table_clusters
+        self.metadata.check(area, used)
+        refcounts.table.extend(array("Q", bytes(8 * (entries - len(refcounts.table)))))
+        length = len(refcounts.table)
+        try:
+            refcounts.add_block(index, cluster << geometry.cluster_bits)
+            if cluster >> self._shift == index:
+                refcounts.set_run(cluster, 1, 1)
+            for number in range(new_blocks):
+                refcounts.add_block(first_new + number, area + number << geometry.cluster_bits)
+            refcounts.set_run(area, used, 1)
+            written = refcounts.write_blocks()
+            table_offset = area + new_blocks << geometry.cluster_bits
+            store.write_words(table_offset, refcounts.table)
+            store.barrier()
+        except BaseException:
+            refcounts.drop(index)
+            for number in range(new_blocks):
+                refcounts.drop(first_new + number)
+            del refcounts.table[old_count * words : length]
+            raise
+        for block in written:
+            block.clean()
+        refcounts.unlinked.clear()
+        self.metadata.add(area, new_blocks, "refcount block")
+        self.metadata.add(area + new_blocks, table_clusters, "refcount table")
+        self.fresh_from = max(self.fresh_from, area + used)
+        store.header.refcount_table_offset = table_offset
+        store.header.refcount_table_clusters = table_clusters
+        store.write_header("refcount_table_offset", "refcount_table_clusters")
+        store.barrier()
+        # Nothing on disk points at the old table any more.
+        self.metadata.remove(old_first, old_count)
+        for freed in refcounts.decrement(old_first, old_count):
+            self._hint = min(self._hint, freed)
+
+    def _blocks_for(self, clusters: int) -> int:
+        """Refcount blocks that count *clusters* clusters, themselves, and a table of them that may grow by half."""
+        words = self.store.geometry.cluster_size // 8
+        table = blocks = 0
+        generous = True
+        while True:
+            total = clusters + table + blocks
+            blocks = -(-total // self._per_block)
+            table = -(-blocks // words)
+            if clusters + table + blocks == total:
+                if not generous:
+                    return blocks
+                generous = False
+                clusters += -(-table // 2)
+
+    # Giving back
+
+    def free(self, first: int, count: int, *, requested: bool = False) -> None:
+        """Tables point at these clusters once less. *requested*: the guest said so, and the host may have the space."""
+        if self.pending and self.pending[-1][2] == requested and self.pending[-1][0] + self.pending[-1][1] == first:
+            last = self.pending[-1]
+            self.pending[-1] = (last[0], last[1] + count, requested)
+        else:
+            self.pending.append((first, count, requested))
+
+    def free_extent(self, offset: int, length: int, *, requested: bool = False) -> None:
+        """The same for all clusters that a compressed extent touches."""
+        bits = self.store.geometry.cluster_bits
+        first = offset >> bits
+        self.free(first, (offset + length - 1 >> bits) - first + 1, requested=requested)
+
+    def cancel(self, first: int, count: int) -> None:
+        """Clusters that were taken and that nothing ever pointed at."""
+        for cluster in self.refcounts.decrement(first, count):
+            self._hint = min(self._hint, cluster)
+
+    def release(self) -> list[tuple[int, int]]:
+        """Give back what is pending: the tables on disk do not point at it any more.
+
+        Returns the (first, count) of clusters that are free and that the guest wanted to be.
+        """
+        released: list[tuple[int, int]] = []
+        while self.pending:
+            first, count, requested = self.pending[-1]
+            freed = self.refcounts.decrement(first, count)
+            self.pending.pop()
+            for cluster in freed:
+                self._hint = min(self._hint, cluster)
+                self.metadata.remove(cluster, 1)
+                if requested:
+                    if released and sum(released[-1]) == cluster:
+                        released[-1] = (released[-1][0], released[-1][1] + 1)
+                    else:
+                        released.append((cluster, 1))
+        return released

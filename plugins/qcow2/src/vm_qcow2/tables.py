@@ -1,0 +1,174 @@
+"""The L1 table, and a cache of L2 tables.
+
+Rules of this module: a table is changed only in memory and marked; ``order.py`` decides when it is written. A table
+that a snapshot shares (its L1 entry lacks the bit COPIED) is never changed: :meth:`Tables.writable` copies it first.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+
+from .allocator import Allocator
+from .geometry import COPIED, L1_RESERVED, MAX_L1_BYTES, OFFSET_MASK
+from .store import Store
+
+
+class L2Table:
+    """One L2 table. Entries from *low* to below *high* differ from the disk (none if low >= high).
+
+    *linked*: the L1 table on disk points at it.
+    """
+
+    __slots__ = ("entries", "high", "linked", "low", "offset")
+
+    def __init__(self, offset: int, entries: array[int], linked: bool) -> None:
+        self.offset = offset
+        self.entries = entries
+        self.linked = linked
+        self.low, self.high = len(entries), 0
+
+    @property
+    def dirty(self) -> bool:
+        return self.low < self.high or not self.linked
+
+    def touch(self, low: int, high: int) -> None:
+        """Entries from *low* to *high* were changed."""
+        if low < self.low:
+            self.low = low
+        if high > self.high:
+            self.high = high
+
+    def clean(self) -> None:
+        self.low, self.high = len(self.entries), 0
+
+
+class Tables:
+    """The active L1 table and what is cached of the L2 tables under it, by the number of their L1 entry."""
+
+    def __init__(self, store: Store, allocator: Allocator | None, cache_bytes: int) -> None:
+        self.store = store
+        self.geometry = store.geometry
+        self.allocator = allocator
+        header = store.header
+        if header.l1_size * 8 > MAX_L1_BYTES:
+            raise store.error(f"L1 table of {header.l1_size} entries; {MAX_L1_BYTES // 8} is the most supported")
+        if header.l1_size < self.geometry.l1_entries_for(header.size):
+            raise store.error(
+                f"L1 table of {header.l1_size} entries is too small for a virtual size of {header.size} bytes"
+            )
+        self.l1: array[int] = array("Q")
+        if header.l1_size:
+            if not header.l1_table_offset:
+                raise store.error("L1 table at 0x0 overlaps the header")
+            self.l1 = store.read_words(header.l1_table_offset, header.l1_size, "L1 table")
+        #: L1 entries that differ from the disk.
+        self.changed: set[int] = set()
+        self._cache: OrderedDict[int, L2Table] = OrderedDict()
+        self._limit = max(2, cache_bytes >> self.geometry.cluster_bits)
+
+    def cached(self, index: int) -> L2Table | None:
+        """The table, if it is in memory."""
+        return self._cache.get(index)
+
+    def get(self, index: int) -> L2Table | None:
+        """The L2 table of L1 entry *index*, to be read; None where there is none. Raises ImageError."""
+        table = self._cache.get(index)
+        if table is not None:
+            self._cache.move_to_end(index)
+            return table
+        entry = self.l1[index] if index < len(self.l1) else 0
+        if not entry:
+            return None
+        if entry & L1_RESERVED:
+            raise self.store.error(f"L1 entry {index} ({entry:#018x}) has reserved bits set")
+        offset = entry & OFFSET_MASK
+        if not offset:
+            raise self.store.error(f"L1 entry {index} ({entry:#018x}) points nowhere")
+        self.store.file.event("l2_load")
+        words = self.store.read_words(offset, self.geometry.cluster_size // 8, f"L2 table {index}")
+        return self._insert(index, L2Table(offset, words, linked=True))
+
+    def _insert(self, index: int, table: L2Table) -> L2Table:
+        self._cache[index] = table
+        if len(self._cache) > self._limit:
+            for old, candidate in self._cache.items():
+                if not candidate.dirty and candidate is not table:
+                    del self._cache[old]
+                    break
+        return table
+
+    def writable(self, index: int) -> L2Table:
+        """The L2 table of L1 entry *index*, to be changed: made where there is none, copied where it is shared."""
+        table = self.get(index)
+        if table is not None and self.l1[index] & COPIED:
+            return table
+        allocator = self.allocator
+        assert allocator is not None
+        self.store.file.event("l2_alloc_write")
+        cluster = allocator.allocate_metadata(1, "active L2 table")
+        offset = cluster << self.geometry.cluster_bits
+        if table is None:
+            fresh = L2Table(offset, array("Q", bytes(self.geometry.cluster_size)), linked=False)
+        else:
+            fresh = L2Table(offset, table.entries, linked=False)
+            allocator.free(table.offset >> self.geometry.cluster_bits, 1)
+        self.l1[index] = offset | COPIED
+        self.changed.add(index)
+        return self._insert(index, fresh)
+
+    # To disk
+
+    @property
+    def dirty(self) -> bool:
+        """Whether any table differs from the disk."""
+        return bool(self.changed) or any(table.low < table.high for table in self._cache.values())
+
+    @property
+    def pressure(self) -> bool:
+        """Whether more changed tables are kept than the cache should hold."""
+        return len(self._cache) > self._limit
+
+    def write_unlinked(self) -> list[L2Table]:
+        """Write the tables at which nothing on disk points yet, whole."""
+        tables = [table for table in self._cache.values() if not table.linked]
+        for table in tables:
+            self.store.write_words(table.offset, table.entries)
+        return tables
+
+    def write_linked(self) -> list[L2Table]:
+        """Write changes of the tables at which the disk points."""
+        grain = min(512, self.geometry.cluster_size // 8)
+        tables = [table for table in self._cache.values() if table.linked and table.low < table.high]
+        for table in tables:
+            low = table.low - table.low % grain
+            self.store.file.event("l2_update")
+            self.store.write_words(table.offset, table.entries, low, -(-table.high // grain) * grain)
+        return tables
+
+    def write_l1(self) -> None:
+        """Write changes of the L1 table, in runs that lie close together."""
+        indices = sorted(self.changed)
+        position = 0
+        while position < len(indices):
+            first = last = indices[position]
+            while position < len(indices) and indices[position] <= last + 64:
+                last = indices[position]
+                position += 1
+            self.store.file.event("l1_update")
+            self.store.write_words(self.store.header.l1_table_offset, self.l1, first, last + 1)
+
+    def drop_clean(self) -> None:
+        """Forget tables that do not differ from the disk: something else may have changed it."""
+        for index in [index for index, table in self._cache.items() if not table.dirty]:
+            del self._cache[index]
+
+    def trim(self) -> None:
+        """Bring the cache back to its size. Everything is clean."""
+        while len(self._cache) > self._limit:
+            for old, table in self._cache.items():
+                if not table.dirty:
+                    del self._cache[old]
+                    break
+            else:
+                return
