@@ -79,8 +79,8 @@ def guest_reads(work: Path, linux: LinuxParts) -> tuple[dict[str, Callable[[], f
 
     def both(name: str, arguments: list[str], command: list[str] | None) -> float:
         with Guest(*arguments, command=command) as guest:
-            sequential = _span(guest.expect(r"SEQUENTIAL ([\d.]+) ([\d.]+)", 400))
-            pending[name] = _span(guest.expect(r"RANDOM ([\d.]+) ([\d.]+)", 400))
+            sequential = _span(guest.expect(r"SEQUENTIAL ([\d.]+) ([\d.]+)\s", 400))
+            pending[name] = _span(guest.expect(r"RANDOM ([\d.]+) ([\d.]+)\s", 400))
             return sequential
 
     first = {

@@ -181,6 +181,18 @@ def test_nothing_moves_without_bus_mastering(started: Started) -> None:
     assert disk.wait(sent)[0] == 0
 
 
+def test_nothing_is_taken_while_the_machine_stops(started: Started) -> None:
+    """A kick on a halted machine is served when it resumes, so that stopping always comes to an end."""
+    rig, disk = started()
+    rig.board.halted = True
+    sent = disk.send(disk.IN, 0, length=512)
+    rig.poll()
+    assert rig.backend.log == []
+    rig.board.halted = False
+    rig.board.events.emit("RESUME")
+    assert disk.wait(sent)[0] == 0
+
+
 # Registers.
 
 
@@ -527,6 +539,7 @@ def test_random_accesses_never_break_the_machine(rig: MakeRig, seed: int, packed
     made.poll()
     made.access.enable()
     made.heap.next = 2 << 20
-    for again in (made.modern(), made.legacy()):
+    for start in (made.modern, made.legacy):
+        again = start()
         again.write(3, b"a" * 512)
         assert again.read(3, 1) == b"a" * 512

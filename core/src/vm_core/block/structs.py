@@ -89,7 +89,7 @@ class Record:
             raise TypeError(f"{type(self).__name__} has no field {min(values)}")
 
     @classmethod
-    def parse(cls: type[R], data: bytes | memoryview, offset: int = 0) -> R:
+    def parse(cls: type[R], data: bytes | bytearray | memoryview, offset: int = 0) -> R:
         """Read from *data* at *offset*. Fields that do not lie wholly within *data* keep their defaults."""
         record = cls.__new__(cls)
         if offset + cls.LENGTH <= len(data):
@@ -123,7 +123,9 @@ class Record:
             yield field.name, getattr(self, field.name)
 
     def __repr__(self) -> str:
-        inside = ", ".join(f"{name}={value:#x}" if type(value) is int else f"{name}={value!r}" for name, value in self.items())
+        inside = ", ".join(
+            f"{name}={value:#x}" if type(value) is int else f"{name}={value!r}" for name, value in self.items()
+        )
         return f"{type(self).__name__}({inside})"
 
     def __eq__(self, other: object) -> bool:

@@ -98,17 +98,19 @@ class Socket(Chardev):
         return made
 
     def _await_client(self) -> None:
-        if self._listener is not None and self._loop is not None:
-            self._loop.add_reader(self._listener.fileno(), self._accept)
+        listener = self._listener
+        if listener is not None and self._loop is not None:
+            self._loop.add_reader(listener.fileno(), self._accept)
 
     def _accept(self) -> None:
-        if self._listener is None or self._loop is None:
+        listener = self._listener
+        if listener is None or self._loop is None:
             return
         try:
-            peer, _ = self._listener.accept()
+            peer, _ = listener.accept()
         except OSError:  # gone again before we came
             return
-        self._loop.remove_reader(self._listener.fileno())
+        self._loop.remove_reader(listener.fileno())
         self._adopt(peer)
 
     def _adopt(self, peer: socket.socket) -> None:
@@ -124,14 +126,16 @@ class Socket(Chardev):
         self._loop.call_soon(self._watch_peer)
 
     def _watch_peer(self) -> None:
-        if self._peer is not None and self._loop is not None:
-            self._loop.add_reader(self._peer.fileno(), self._readable)
+        peer = self._peer
+        if peer is not None and self._loop is not None:
+            self._loop.add_reader(peer.fileno(), self._readable)
 
     def _readable(self) -> None:
-        if self._peer is None:
+        peer = self._peer
+        if peer is None:
             return
         try:
-            data = self._peer.recv(65536)
+            data = peer.recv(65536)
         except BlockingIOError:
             return
         except OSError:
@@ -171,8 +175,9 @@ class Socket(Chardev):
                 self._pending += data
 
     def _watch_writable(self) -> None:
-        if self._peer is not None and self._loop is not None:
-            self._loop.add_writer(self._peer.fileno(), self._writable)
+        peer = self._peer
+        if peer is not None and self._loop is not None:
+            self._loop.add_writer(peer.fileno(), self._writable)
 
     def _writable(self) -> None:
         with self._lock:
@@ -197,14 +202,16 @@ class Socket(Chardev):
             self._pending.clear()
 
     def close(self) -> None:
-        for made in (self._peer, self._listener):
+        with self._lock:
+            peer, self._peer = self._peer, None
+            listener, self._listener = self._listener, None
+        for made in (peer, listener):
             if made is not None:
                 if self._loop is not None:
-                    with contextlib.suppress(Exception):  # the loop may be closed already
-                        self._loop.remove_reader(made.fileno())
-                        self._loop.remove_writer(made.fileno())
+                    # Returns when what was queued for the loop before has run: nothing uses the descriptor any more.
+                    self._loop.remove_reader(made.fileno())
+                    self._loop.remove_writer(made.fileno())
                 made.close()
-        self._peer = self._listener = None
         if self.path is not None and self._bound is not None:
             with contextlib.suppress(OSError):
                 status = os.lstat(self.path)

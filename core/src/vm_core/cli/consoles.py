@@ -57,21 +57,18 @@ class Consoles:
         monitors = [given.value for given in line.all("monitor")]
         if len(serials) > _PORTS:
             raise UsageError(f"-serial: a PC has {_PORTS} serial ports")
+        # The default console has the monitor behind it unless that was put elsewhere; "mon:" always has.
+        shared = bool(serials) or not monitors
         if not serials and "nodefaults" not in line:
-            serials = ["mon:stdio" if not self._stdio_wanted(line) else "null"]
-            shared = not monitors
-        else:
-            shared = False
+            serials = ["null" if self._stdio_wanted(line) else "mon:stdio"]
         for number, text in enumerate(serials):
             if text == "none":
                 self.serials.append(None)
                 continue
             chardev = self._place(text, f"serial{number}", "-serial")
             self.serials.append(chardev)
-            if text.startswith("mon:") and (shared or line.all("serial")) and "none" not in monitors:
-                mux = chardev.mux if isinstance(chardev, Channel) else None
-                if mux is not None:
-                    self.monitors.append(MonitorPlace(mux.channel(), False))
+            if text.startswith("mon:") and shared and isinstance(chardev, Channel):
+                self.monitors.append(MonitorPlace(chardev.mux.channel(), False))
         if serials:
             self.console = serials[0].removeprefix("mon:")
         for number, text in enumerate(text for text in monitors if text != "none"):

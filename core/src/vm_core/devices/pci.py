@@ -24,6 +24,7 @@ from ..errors import UsageError
 from ..machine.memory import DmaError, MmioHandler, Region, RegionKind
 from .bus import Bus
 from .device import Device
+from .msixroutes import MsixRoutes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -193,10 +194,13 @@ class MsixTable:
         self.table = bytearray(16 * vectors)
         self.pending = bytearray((vectors + 63) // 64 * 8)
         self.under: MmioHandler | None = None
+        #: Made at the first message: the accelerator is chosen after the board has its devices.
+        self.routes: MsixRoutes | None = None
         self.reset()
 
     def reset(self) -> None:
         """All entries masked, nothing pending."""
+        self.forget_routes()
         self.table[:] = bytes(len(self.table))
         for vector in range(self.vectors):
             self.table[16 * vector + 12] = 1
@@ -224,7 +228,15 @@ class MsixTable:
             self.pending[vector >> 3] |= 1 << (vector & 7)
             return
         address, data = self.message(vector)
-        self.device.machine.irqs.send_msi(address, data)
+        if self.routes is None:
+            self.routes = MsixRoutes(self.device.machine.accel)
+        if not self.routes.signal(vector, address, data):
+            self.device.machine.irqs.send_msi(address, data)
+
+    def forget_routes(self, vector: int | None = None) -> None:
+        """*vector* (None: any) has another message now, or is masked or off."""
+        if self.routes is not None:
+            self.routes.forget(vector)
 
     def unmasked(self) -> None:
         """Send what became due under a mask that is gone."""
@@ -251,6 +263,7 @@ class MsixTable:
             # Only aligned words and double words are defined (6.8.2); anything else is dropped.
             if size in (4, 8) and at % size == 0:
                 self.table[at : at + size] = value.to_bytes(size, "little")
+                self.forget_routes(at // 16)
                 self.device.msix_changed(at // 16)
                 self.unmasked()
         elif 0 <= offset - self.pba_offset < len(self.pending):
@@ -319,6 +332,8 @@ class PciDevice(Device):
         self.set_irq(False)
         self.config[COMMAND : COMMAND + 2] = b"\0\0"
         self._update_bars()
+        if self.msix is not None:
+            self.msix.forget_routes()
         self.bus.unplug(self)
 
     def reset(self) -> None:
@@ -363,6 +378,7 @@ class PciDevice(Device):
         elif offset < BAR0 + 24 and end > BAR0:
             self._update_bars()
         elif self.msix is not None and offset <= self.msix.capability + 3 < end:
+            self.msix.forget_routes()
             self.msix_changed(None)
             self.msix.unmasked()
 

@@ -69,6 +69,8 @@ class FakeMachine(Machine):
         self.add_bus(self.pci)
         #: Resets and power-offs that devices asked for.
         self.reset_requests: list[str] = []
+        #: What :meth:`must_return` answers: the machine is stopping or stopped.
+        self.halted = False
         self._next_memory = 0xE0000000
         self._next_port = 0xC000
 
@@ -76,6 +78,10 @@ class FakeMachine(Machine):
         self._lines[line] = level
         pair = line & 2
         self.irqs.set_irq(10 + (pair >> 1), self._lines[pair] or self._lines[pair + 1])
+
+    def must_return(self) -> bool:
+        """Only while a test says that the machine is halted."""
+        return self.halted
 
     def request_reset(self, reason: str) -> None:
         self.reset_requests.append(reason)

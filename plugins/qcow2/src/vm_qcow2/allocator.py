@@ -129,7 +129,7 @@ class Allocator:
         return None
 
     def _create_block(self, index: int) -> None:
-        """Make refcount block *index*; or one that it needs first, in which case the caller finds out and asks again."""
+        """Make refcount block *index*, or one that it needs first: then the caller finds it missing and asks again."""
         cluster = self._find(1)
         own = cluster >> self._shift
         if own != index and self._missing_block(cluster, 1) is not None:
@@ -263,3 +263,14 @@ class Allocator:
                     else:
                         released.append((cluster, 1))
         return released
+
+    # For repair
+
+    def start_at(self, cluster: int) -> None:
+        """Look for free clusters from *cluster* on."""
+        self._hint = cluster
+
+    def need_block(self, cluster: int) -> None:
+        """See to it that the refcount block of *cluster* exists."""
+        while (missing := self._missing_block(cluster, 1)) is not None:
+            self._create_block(missing)

@@ -27,14 +27,14 @@ class State(IntEnum):
 
 
 class Run(NamedTuple):
-    """*count* entries from *index* on in one state. *host* is the first one's, the others' follow it; 0 without one.
+    """*clusters* entries from number *at* on in one state. *host* is the first one, the others follow it; 0: none.
 
     For COMPRESSED, always one entry, *entry* says where. *copied*: refcount one, may be written in place.
     """
 
     state: State
-    index: int
-    count: int
+    at: int
+    clusters: int
     host: int
     copied: bool
     entry: int

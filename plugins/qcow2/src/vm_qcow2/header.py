@@ -16,7 +16,7 @@ MAX_BACKING_NAME = 1023
 
 
 class Header(Record, order="big"):
-    """The fields at the start of an image. Version 2 ends before ``incompatible_features``; defaults hold for the rest."""
+    """The fields at the start of an image. Version 2 ends before ``incompatible_features``; the rest has defaults."""
 
     magic: int = u32(0, default=int.from_bytes(MAGIC, "big"), doc='"QFI\\xfb"')
     version: int = u32(4, default=3, doc="2 or 3")

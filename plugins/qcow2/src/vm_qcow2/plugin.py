@@ -10,7 +10,9 @@ _CREATE_OPTIONS = (
     Option("backing_fmt", "str", "Image format of the base image"),
     Option("cluster_size", "size", "qcow2 cluster size", default=65536),
     Option("compat", "str", "Compatibility level (v2 [0.10] or v3 [1.1])", default="1.1"),
-    Option("compression_type", "enum", "Compression method used for image cluster compression", choices=("zlib", "zstd")),
+    Option(
+        "compression_type", "enum", "Compression method used for image cluster compression", choices=("zlib", "zstd")
+    ),
     Option("lazy_refcounts", "bool", "Postpone refcount updates", default=False),
     Option(
         "preallocation",
@@ -39,7 +41,11 @@ def vm_format_drivers() -> list[FormatDriver]:
             summary="QEMU's copy-on-write image format, versions 2 and 3",
             implementation="vm_qcow2.image:Qcow2",
             capabilities={"write", "create", "backing", "resize", "check"},
-            signatures=(Signature(0, b"QFI\xfb\0\0\0\x02"), Signature(0, b"QFI\xfb\0\0\0\x03"), Signature(0, b"QFI\xfb", 50)),
+            signatures=(
+                Signature(0, b"QFI\xfb\0\0\0\x02"),
+                Signature(0, b"QFI\xfb\0\0\0\x03"),
+                Signature(0, b"QFI\xfb", 50),
+            ),
             extensions=(".qcow2", ".qcow", ".img"),
             options=_OPTIONS,
             create_options=_CREATE_OPTIONS,

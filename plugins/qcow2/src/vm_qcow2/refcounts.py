@@ -130,6 +130,20 @@ class Refcounts:
         block = self.block(cluster >> self._shift)
         return 0 if block is None else block.counts[cluster & self._index_mask]
 
+    def all_one(self, first: int, count: int) -> bool:
+        """Whether each of *count* clusters has refcount one."""
+        while count:
+            block = self.block(first >> self._shift)
+            if block is None:
+                return False
+            low = first & self._index_mask
+            piece = block.counts[low : low + count]
+            if piece != array(piece.typecode, (1,)) * len(piece):
+                return False
+            first += len(piece)
+            count -= len(piece)
+        return True
+
     def set_run(self, first: int, count: int, value: int) -> None:
         """Set the counts of *count* clusters. Their blocks exist."""
         while count:

@@ -9,6 +9,9 @@ from vm_core.block.structs import Record, u16, u32, u64
 from .geometry import MAX_L1_BYTES, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS
 from .store import Store
 
+#: Extra data of one entry; 24 bytes are defined so far.
+MAX_EXTRA_BYTES = 1024
+
 
 class SnapshotHead(Record, order="big"):
     """The fixed part of an entry; extra data, id and name follow."""
@@ -55,24 +58,24 @@ def read_snapshots(store: Store) -> tuple[list[Snapshot], int]:
     start = header.snapshots_offset
     store.check_range(start, count * SnapshotHead.LENGTH, "snapshot table")
     limit = min(store.file.size - start, MAX_SNAPSHOT_TABLE_BYTES)
-    # Tables are small: read a first part, and on as entries turn out to need it.
-    data = store.file.pread(start, min(limit, 65536))
+    data = bytearray()
+
+    def need(end: int) -> None:
+        """Have the table's bytes up to *end* in memory; tables are small, so they are read in growing parts."""
+        if end > limit:
+            raise store.error(f"snapshot table at {start:#x}: entry {number} reaches past {limit:#x} bytes")
+        if end > len(data):
+            more = min(limit, max(end, 65536, 2 * len(data)))
+            data.extend(store.file.pread(start + len(data), more - len(data)))
+
     position = 0
     found: list[Snapshot] = []
     for number in range(count):
-        need = position + SnapshotHead.LENGTH
-        for _ in range(2):
-            if need > limit:
-                raise store.error(f"snapshot table at {start:#x}: entry {number} reaches past its possible end")
-            if need > len(data):
-                more = min(limit, max(need, 2 * len(data)))
-                data += store.file.pread(start + len(data), more - len(data))
-            head = SnapshotHead.parse(data, position)
-            need = position + SnapshotHead.LENGTH + head.extra_size + head.id_size + head.name_size
-        if need > len(data):
-            if need > limit:
-                raise store.error(f"snapshot table at {start:#x}: entry {number} reaches past its possible end")
-            data += store.file.pread(start + len(data), need - len(data))
+        need(position + SnapshotHead.LENGTH)
+        head = SnapshotHead.parse(data, position)
+        if head.extra_size > MAX_EXTRA_BYTES:
+            raise store.error(f"snapshot {number + 1}: {head.extra_size} bytes of extra data are too many")
+        need(position + SnapshotHead.LENGTH + head.extra_size + head.id_size + head.name_size)
         extra_at = position + SnapshotHead.LENGTH
         id_at = extra_at + head.extra_size
         name_at = id_at + head.id_size
@@ -89,7 +92,7 @@ def read_snapshots(store: Store) -> tuple[list[Snapshot], int]:
                 extra.vm_state_size if head.extra_size >= 8 else head.vm_state_size_32,
                 extra.disk_size if head.extra_size >= 16 else header.size,
                 extra.icount if head.extra_size >= 24 and extra.icount != (1 << 64) - 1 else None,
-                data[extra_at:id_at],
+                bytes(data[extra_at:id_at]),
             )
         )
         position = name_at + head.name_size + 7 & ~7

@@ -172,3 +172,12 @@ class Tables:
                     break
             else:
                 return
+
+    def remove(self, index: int) -> None:
+        """Take away the L2 table of L1 entry *index*, which holds nothing any more."""
+        assert self.allocator is not None
+        offset = self.l1[index] & OFFSET_MASK
+        self.l1[index] = 0
+        self.changed.add(index)
+        self._cache.pop(index, None)
+        self.allocator.free(offset >> self.geometry.cluster_bits, 1)

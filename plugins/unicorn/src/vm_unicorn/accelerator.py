@@ -1,4 +1,4 @@
-"""The accelerator: one vCPU that runs on any host."""
+"""The accelerator: one vCPU, on any host that the engine's wheel supports."""
 
 from __future__ import annotations
 
@@ -9,52 +9,38 @@ from vm_core.machine.accel import Accelerator, AccelMachine, Availability, VCpu
 from vm_core.machine.memory import GuestMemory
 
 from .cpu import UnicornCpu
-from .state import LayoutError, find_layout
+
+MODES = ("auto", "native", "block", "count")
 
 
 class UnicornAccelerator(Accelerator):
-    """Guest code is translated by the Unicorn library."""
+    """Guest code is translated by the Unicorn engine."""
 
     @classmethod
     def availability(cls) -> Availability:
-        """It runs wherever the library's wheel does, in the version whose state this plugin knows."""
-        try:
-            find_layout()
-        except LayoutError:
-            return Availability(
-                False, f"unicorn {_version()} keeps CPU state in an unknown way: pip install 'unicorn==2.1.4'"
-            )
-        return Availability(True, "translates guest code; one vCPU")
+        """It runs wherever it is installed."""
+        return Availability(True, "translates 32-bit guests' code; one vCPU")
 
     def __init__(self, machine: AccelMachine, options: dict[str, str]) -> None:
         self._machine = machine
-        self._choice = options.pop("stop", "auto")
-        if self._choice not in ("auto", "native", "count"):
-            raise UsageError(f"-accel unicorn,stop={self._choice}: it is one of auto, native, count")
+        self._mode = options.pop("mode", "auto")
+        if self._mode not in MODES:
+            raise UsageError(f"-accel unicorn,mode={self._mode}: one of {', '.join(MODES)}")
         self._cpu: UnicornCpu | None = None
 
     def create_vcpu(self, index: int) -> VCpu:
         """The one vCPU. Raises UsageError for a second."""
         if index or self._cpu is not None:
-            raise UsageError("-smp: unicorn runs one vCPU (kvm runs several)")
-        try:
-            self._cpu = UnicornCpu(self._machine, self._choice)
-        except ValueError as error:
-            raise UsageError(f"-accel unicorn: {error}") from error
+            raise UsageError("-smp: unicorn runs one vCPU; -accel kvm runs more")
+        self._cpu = UnicornCpu(self._machine, self._mode)
         return self._cpu
 
     def memory_changed(self, memory: GuestMemory) -> None:
-        """Followed before the next block."""
+        """Followed before the next block begins."""
         if self._cpu is not None:
             self._cpu.memory_changed()
 
     def dma_written(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Translations of what devices wrote are dropped."""
+        """Translations of what devices wrote are dropped before the next block begins."""
         if self._cpu is not None:
             self._cpu.dma_written(ranges)
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("unicorn")

@@ -8,9 +8,11 @@ the address. A page that is shared by several ranges (a small BAR, say) goes thr
 from __future__ import annotations
 
 import ctypes
+import itertools
 from typing import NamedTuple
 
 import unicorn
+
 from vm_core.machine.memory import PAGE, GuestMemory, MmioHandler, RegionKind
 
 from .engine import PROT_EXEC, PROT_READ, PROT_WRITE, Engine
@@ -102,7 +104,7 @@ def plan(memory: GuestMemory) -> list[Run]:
         cuts = [low, high]
         if found.region.kind is RegionKind.RAM and low < ONE_MIB < high:
             cuts.insert(1, ONE_MIB)
-        for a, b in zip(cuts, cuts[1:], strict=False):
+        for a, b in itertools.pairwise(cuts):
             if a < b:
                 at = found.offset + a - found.start
                 if found.region.kind is RegionKind.MMIO:

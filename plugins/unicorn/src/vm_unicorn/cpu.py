@@ -1,183 +1,189 @@
 """The vCPU: runs translated guest code, delivers what interrupts it, and hands port and memory accesses to devices.
 
-Theory of operation. :meth:`UnicornCpu.run` enters the library again and again. It comes back because an exception was
-raised (delivered by :mod:`.exceptions`), because a block hook saw that another thread wants attention (:mod:`.stopper`),
-because an interrupt that was pending while interrupts were off can now be delivered, or because the guest executed HLT.
-Everything that is not allowed while guest code runs — changes of the memory map, dropping translations of code that a
-device has overwritten — is queued by whoever wants it and done here, between two entries.
+Theory of operation. :meth:`UnicornCpu.run` enters the engine again and again. It comes back because the machine code of
+:mod:`.native` saw at the start of a block that another thread wants attention or that a waiting interrupt can be taken,
+because the guest executed HLT, or because of a failure. Whatever must not happen while guest code runs — changes of the
+memory map, dropping translations of what a device has overwritten — is queued by whoever wants it and done between two
+entries.
+
+Three modes, best first. ``native``: as above, and exceptions and interrupts are delivered by the engine's own code
+without leaving it. ``block``: stopped by machine code, delivered by :mod:`.exceptions`. ``count``: the engine is
+entered for so many instructions at a time; it needs nothing of the host, but counting costs most of the speed.
 """
 
 from __future__ import annotations
 
 import ctypes
-import struct
 import threading
 from collections.abc import Sequence
-from typing import Any
 
-from unicorn import Uc, UcError, x86_const
-from unicorn import unicorn_const as uc_const
+import unicorn
+from unicorn import x86_const as x86
 
-from vm_core.machine.accel import AccelMachine, CpuState, Segment, VCpu
-from vm_core.machine.memory import GuestMemory, RegionKind
+from vm_core.errors import UsageError
+from vm_core.machine.accel import AccelMachine, CpuState, VCpu
+from vm_core.machine.memory import PAGE, DmaError, RegionKind
 
-from . import library
-from .exceptions import UD, WITH_CODE, Delivery, TripleFault
-from .memorymap import MemoryMap
-from .paging import LinearMemory
-from .state import (
-    BASE,
-    CR0,
-    CR2,
-    CR3,
-    CR4,
-    CS,
-    DS,
-    EFLAGS,
-    EIP,
-    ES,
-    FS,
-    GDT,
-    GS,
-    HF_ADDSEG,
-    HF_CPL,
-    HF_CS32,
-    HF_SHADOW,
-    HF_SS32,
-    HFLAGS,
-    IDT,
-    IF,
-    LIMIT,
-    SEGMENTS,
-    SS,
+from . import native
+from .address_space import AddressSpace
+from .cpuid import Cpuid
+from .engine import (
+    GENERAL,
+    INTR_CALLBACK,
+    INVALID_CALLBACK,
+    MMIO_READ_CALLBACK,
+    MMIO_WRITE_CALLBACK,
     Context,
-    find_layout,
+    Engine,
 )
-from .stopper import Control, make_stopper
-from .strings import StringMoves
+from .exceptions import DF, UD, WITH_CODE, Delivery, TripleFault
+from .paging import LinearMemory
+from .portio import PortIo
+from .state import SEGMENT_NAMES, CpuRecord, StateLayout, find_layout
 
-_u32 = struct.Struct("<I")
-_u64 = struct.Struct("<Q")
-_REGISTERS = ("eax", "ecx", "edx", "ebx", "esp", "ebp", "esi", "edi")
-#: Seconds that a halted guest sleeps at most where HLT cannot be told apart from the end of a slice.
-_UNSURE_HALT = 0.001
+#: Instructions in a slice where there is no other way to stop: about 2 ms.
+SLICE = 200_000
+#: Seconds after which a halted CPU is woken where HLT cannot be told from the end of a slice.
+_UNSURE_HALT = 0.02
+#: How many blocks to go through one by one, in mode ``block``, for a guest to accept interrupts, before waiting for a
+#: moment between two looks (seconds).
+_PATIENCE = 32
+_LOOK_AGAIN = 0.001
+
+_LOCAL_APIC = 0xFEE00000
 
 
 class UnicornCpu(VCpu):
-    """The only vCPU of a machine. *choice* selects how a running guest is stopped (see :mod:`.stopper`)."""
+    """The vCPU of a machine."""
 
-    def __init__(self, machine: AccelMachine, choice: str) -> None:
+    def __init__(self, machine: AccelMachine, mode: str) -> None:
         self._machine = machine
-        self._choice = choice
-        self._layout = find_layout()
-        self._linear = LinearMemory(machine.memory)
         self._interrupts = machine.cpu_interrupts(0)
-        self._control = Control()
         self._wake = threading.Event()
         self._halted = False
-        self._map_changed = False
-        self._failure: BaseException | None = None
-        #: Guards the two below: whether run() is executing, and what it is to do between two entries.
-        self._guard = threading.Lock()
         self._running = False
-        self._posted: list[tuple[Sequence[tuple[int, int]], threading.Event | None]] = []
-        self._ram = ctypes.addressof(ctypes.c_char.from_buffer(machine.memory.buffer))
-        self._eflags = ctypes.c_uint64()
-        self._eflags_at = ctypes.addressof(self._eflags)
-        self._build()
+        #: Guards _running together with _dirty, so that a writer knows whether to wait.
+        self._guard = threading.Lock()
+        self._dirty: list[tuple[int, int]] = []
+        self._cleaned = threading.Condition(self._guard)
+        self._map_changed = True
+        self._failure: BaseException | None = None
+        self._exception = -1
+        self._closed_windows = 0
 
-    # The engine.
+        self._engine = engine = Engine()
+        self._pristine = Context(engine)
+        self._pristine.save()
+        layout = find_layout(engine)
+        if layout is None:
+            raise UsageError(
+                "-accel unicorn: this version keeps CPU state in an unknown way: pip install unicorn==2.1.4"
+            )
+        leaf1 = _ask_cpuid(engine)
+        self._control, internals, self._mode = _choose(engine, layout, mode)
+        self._cpu = CpuRecord(engine, layout, internals.env if internals is not None else 0)
+        self._linear = LinearMemory(machine.memory)
+        self._delivery = Delivery(self._cpu, self._linear)
+        self._slice = SLICE if self._control is None else 0
 
-    def _build(self) -> None:
-        """A fresh engine: caches, model-specific registers and the FPU are as after power-on."""
-        uc = Uc(uc_const.UC_ARCH_X86, uc_const.UC_MODE_32)
-        uc.ctl_set_cpu_model(x86_const.UC_CPU_X86_QEMU32)
-        # No exit addresses: comparing every address with one would make a hidden page fault at each return.
-        uc.ctl_exits_enabled(True)
-        self._uc = uc
-        engine = self._engine = uc._uch.value
-        self._context = Context(engine)
-        self._scratch = Context(engine)
-        self._control.context = self._scratch.handle
-        self._bytes = self._context.bytes
-        self._delivery = Delivery(self._context, self._layout, self._linear)
-        self._strings = StringMoves(engine, Context(engine), self._layout, self._linear)
-        self._stopper = make_stopper(self._choice, engine, self._control, self._layout)
-        self._in = library.IN_CALLBACK(self._port_in)
-        self._out = library.OUT_CALLBACK(self._port_out)
-        instruction = int(uc_const.UC_HOOK_INSN)
-        library.hook(engine, instruction, library.address_of(self._in), 0, int(x86_const.UC_X86_INS_IN))
-        library.hook(engine, instruction, library.address_of(self._out), 0, int(x86_const.UC_X86_INS_OUT))
-        self._map = MemoryMap(uc, self._machine.memory, self._ram, self._mmio_read, self._mmio_write)
-        uc.hook_add(uc_const.UC_HOOK_MEM_WRITE_PROT, self._rom_write)
-        self._map.follow(self._machine.memory)
-        self._linear.refresh(self._machine.memory)
-        self._map_changed = False
+        self._mmio = (MMIO_READ_CALLBACK(self._mmio_read), MMIO_WRITE_CALLBACK(self._mmio_write))
+        self._space = AddressSpace(engine, machine.memory, *self._mmio)
+        self._portio = PortIo(engine, machine, self._cpu, self._linear, self._stored, self._fail)
+        engine.hook(unicorn.UC_HOOK_INSN, self._portio.callback_in, 0, x86.UC_X86_INS_IN)
+        engine.hook(unicorn.UC_HOOK_INSN, self._portio.callback_out, 0, x86.UC_X86_INS_OUT)
+        self._cpuid = Cpuid(engine, self._has_apic, leaf1)
+        if self._control is not None:
+            engine.hook(unicorn.UC_HOOK_BLOCK, self._control.block, self._control.address)
+        if self._control is not None and internals is not None:
+            engine.hook(unicorn.UC_HOOK_INTR, self._control.exception, self._control.address)
+            engine.hook(unicorn.UC_HOOK_INSN_INVALID, self._control.invalid, self._control.address)
+        else:
+            engine.hook(unicorn.UC_HOOK_INTR, INTR_CALLBACK(self._raised))
+            engine.hook(unicorn.UC_HOOK_INSN_INVALID, INVALID_CALLBACK(self._invalid))
+        self._ram_address = engine.function(
+            "qemu_ram_addr_from_host_x86_64", ctypes.c_uint64, ctypes.c_void_p, ctypes.c_void_p
+        )
+        self._invalidate = engine.function(
+            "tb_invalidate_phys_range_x86_64", None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64
+        )
+        self.reset(CpuState())
 
-    def _get(self, offset: int) -> int:
-        return int(_u32.unpack_from(self._bytes, self._layout.base + offset)[0])
-
-    def _put(self, offset: int, value: int) -> None:
-        _u64.pack_into(self._bytes, self._layout.base + offset, value & 0xFFFFFFFF)
-
-    def _full_eflags(self) -> int:
-        library.reg_read(self._engine, library.EFLAGS, self._eflags_at)
-        return self._eflags.value & 0xFFFFFFFF
+    @property
+    def mode(self) -> str:
+        """How it works here: ``native``, ``block`` or ``count``."""
+        return self._mode
 
     # The contract.
 
     def reset(self, state: CpuState) -> None:
-        """Load *state* into a fresh engine."""
-        self._close_engine()
-        self._build()
+        """Load *state* over the state after power-on."""
+        engine, cpu = self._engine, self._cpu
+        self._pristine.restore()
+        # Caches of the translation and of page tables belong to the old state.
+        self._space.drop_translations()
+        engine.set("cr0", state.cr0)
+        engine.set("eflags", state.eflags)
+        cpu.load()
+        for i, name in enumerate(GENERAL):
+            cpu.put(8 * i, state.regs.get(name, 0))
+        cpu.put(cpu.layout.eip, state.eip)
+        for name in SEGMENT_NAMES:
+            cpu.load_segment(name, getattr(state, name))
+        for name, (base, limit) in (("gdtr", state.gdt), ("idtr", state.idt)):
+            cpu.set_segment(name, 0, base, limit, 0)
+        # After RESET both hold a null selector with a usable cache (Intel SDM vol. 3, table 10-1).
+        cpu.set_segment("ldtr", 0, 0, 0xFFFF, 0x8200)
+        cpu.set_segment("tr", 0, 0, 0xFFFF, 0x8B00)
+        cpu.forget_exception()
+        cpu.set_hidden_sizes(state.cs.dpl if state.cr0 & 1 else 0)
+        cpu.store()
         self._halted = False
-        uc = self._uc
-        uc.reg_write(x86_const.UC_X86_REG_CR4, 0)
-        uc.reg_write(x86_const.UC_X86_REG_CR3, 0)
-        uc.reg_write(x86_const.UC_X86_REG_CR0, state.cr0)
-        uc.reg_write(x86_const.UC_X86_REG_EFLAGS, state.eflags)
-        self._context.load()
-        for index, name in enumerate(_REGISTERS):
-            self._put(8 * index, state.regs.get(name, 0))
-        self._put(EIP, state.eip)
-        segments = {ES: state.es, CS: state.cs, SS: state.ss, DS: state.ds, FS: state.fs, GS: state.gs}
-        for index, segment in segments.items():
-            _load_segment(self._bytes, self._layout.base + SEGMENTS + 24 * index, segment)
-        for table, (base, limit) in ((GDT, state.gdt), (IDT, state.idt)):
-            self._put(table + BASE, base)
-            _u32.pack_into(self._bytes, self._layout.base + table + LIMIT, limit)
-        hflags = self._get(HFLAGS) & ~(HF_CPL | HF_SHADOW | HF_CS32 | HF_SS32 | HF_ADDSEG)
-        hflags |= (HF_CS32 if state.cs.db else HF_ADDSEG) | (HF_SS32 if state.ss.db else 0)
-        if state.ds.base or state.es.base or state.ss.base:
-            hflags |= HF_ADDSEG
-        _u32.pack_into(self._bytes, self._layout.base + HFLAGS, hflags)
-        self._context.store()
+        if self._control is not None:
+            self._control.vector.value = -1
 
     def kick(self) -> None:
-        """Set the word that every basic block looks at, and wake a halted guest."""
-        self._control.attention = 1
+        """Set the word that every block looks at, and wake a halted guest."""
+        control = self._control
+        if control is not None:
+            control.stop.value = 1
+            control.attention.value = 1
         self._wake.set()
 
     def registers(self) -> dict[str, int]:
         """General, flags, segment and control registers."""
-        self._context.load()
-        found = {name: self._get(8 * index) for index, name in enumerate(_REGISTERS)}
-        found |= {"eip": self._get(EIP), "eflags": self._full_eflags()}
-        found |= {
-            n: self._get(SEGMENTS + 24 * i) for n, i in zip(("es", "cs", "ss", "ds", "fs", "gs"), range(6), strict=True)
-        }
-        found |= {"cr0": self._get(CR0), "cr2": self._get(CR2), "cr3": self._get(CR3), "cr4": self._get(CR4)}
+        cpu = self._cpu
+        cpu.load()
+        found = cpu.general()
+        found |= {"eip": cpu.eip, "eflags": cpu.eflags}
+        found |= {name: cpu.selector(name) for name in SEGMENT_NAMES}
+        found |= {f"cr{n}": cpu.control(n) for n in (0, 2, 3, 4)}
         return found
 
     def close(self) -> None:
         """Free the engine."""
-        self._close_engine()
+        self._space.clear()
+        self._cpu.close()
+        self._pristine.close()
+        self._engine.close()
 
-    def _close_engine(self) -> None:
-        for context in (self._context, self._scratch, self._strings.context):
-            context.close()
-        # The wheel frees the engine when its wrapper goes.
-        del self._uc
+    def memory_changed(self) -> None:
+        """The map is another; it is followed before the next block."""
+        self._map_changed = True
+        self.kick()
+
+    def dma_written(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Drop translations of *ranges*.
+
+        Where every block looks at the control page nothing need be waited for: the guest can learn of the new bytes
+        only in a block that has begun by now, and before the next one begins the translations are gone.
+        """
+        with self._guard:
+            self._dirty.extend(ranges)
+            wait = self._running and self._control is None
+        self.kick()
+        if wait:
+            with self._cleaned:
+                self._cleaned.wait_for(lambda: not self._dirty or not self._running)
 
     def run(self) -> None:
         """Execute until the machine wants the thread back."""
@@ -186,241 +192,275 @@ class UnicornCpu(VCpu):
         try:
             self._loop()
         except Exception as error:
-            self._machine.internal_error(f"unicorn: {error!r} at {self._where()}")
+            self._machine.internal_error(f"unicorn: {type(error).__name__}: {error} at {self._where()}")
         finally:
             with self._guard:
                 self._running = False
-                self._serve()
+                self._cleaned.notify_all()
+
+    # The loop.
 
     def _loop(self) -> None:
-        machine, control, context = self._machine, self._control, self._context
-        engine, start, slice_ = self._engine, library.emu_start, self._stopper.slice
-        eip_at = self._layout.base + EIP
+        machine, control, cpu, engine = self._machine, self._control, self._cpu, self._engine
         while True:
-            control.attention = 0
+            # Take requests back first and look at what they are about afterwards: none is lost.
+            if control is not None:
+                control.clear()
             self._wake.clear()
-            if self._posted:
-                with self._guard:
-                    self._serve()
-            if self._map_changed:
-                self._follow_map()
             if machine.must_return():
                 return
+            if self._map_changed:
+                self._follow_map()
+            if self._dirty:
+                self._clean()
             try:
-                self._interrupt()
+                self._take_interrupt()
             except TripleFault:
-                self._triple_fault()
+                self._shut_down()
                 continue
             if self._halted:
-                self._wake.wait(_UNSURE_HALT if slice_ else None)
-                if not slice_:
+                if self._slice:
+                    # Whether it was HLT is a guess; a guest that halts copes with being woken.
+                    self._wake.wait(_UNSURE_HALT)
+                    self._halted = False
+                else:
+                    self._wake.wait()
                     continue
-                self._halted = False
-            control.stopped = control.raised = 0
-            context.load()
-            eip = _u64.unpack_from(self._bytes, eip_at)[0]
-            code = start(engine, eip, 0xFFFFFFFFFFFF, 0, slice_)
+            cpu.load()
+            error = engine.start(cpu.eip, self._slice)
             if self._failure is not None:
                 failure, self._failure = self._failure, None
                 raise failure
             try:
-                if control.raised:
-                    self._exception(control.vector)
-                elif code == library.ERR_INSN_INVALID:
-                    context.load()
-                    self._deliver(UD, None)
-                elif code != library.ERR_OK:
-                    machine.internal_error(f"unicorn: {library.describe(code)} at {self._where()}")
+                if error == unicorn.UC_ERR_WRITE_PROT:
+                    self._step_over_rom_write()
+                elif error:
+                    machine.internal_error(f"unicorn: {engine.strerror(error)} at {self._where()}")
                     return
-                elif not control.stopped:
-                    self._maybe_halt(counted=bool(slice_))
+                elif self._exception >= 0:
+                    self._deliver_exception()
+                elif control is None or not control.left.value:
+                    self._halt()
             except TripleFault:
-                self._triple_fault()
+                self._shut_down()
 
-    def _triple_fault(self) -> None:
+    def _halt(self) -> None:
+        """The engine came back by itself: HLT, the end of a slice, or an exception that it could not deliver."""
+        cpu = self._cpu
+        cpu.load()
+        if cpu.nested_exception() == DF:
+            raise TripleFault
+        if self._slice:
+            linear = self._linear
+            linear.cr0, linear.cr3, linear.cr4 = cpu.control(0), cpu.control(3), cpu.control(4)
+            self._halted = linear.read(cpu.base("cs") + cpu.eip - 1, 1) == b"\xf4"
+        else:
+            self._halted = True
+
+    def _shut_down(self) -> None:
+        """A triple fault: nothing is executed until the machine has reset the vCPU."""
         self._machine.request_reset("triple fault")
-        self._halted = True
-        self._control.window = 0
-        # Nothing is executed until the machine has reset the vCPU.
         while not self._machine.must_return():
             self._wake.wait(0.1)
 
-    def _maybe_halt(self, *, counted: bool) -> None:
-        """The guest executed HLT, or (when counting) came to the end of its slice."""
-        if not counted:
-            self._halted = True
-            return
-        self._context.load()
-        linear = self._linear
-        linear.cr0, linear.cr3, linear.cr4 = self._get(CR0), self._get(CR3), self._get(CR4)
-        at = self._get(SEGMENTS + 24 * CS + BASE) + self._get(EIP) - 1
-        self._halted = linear.read(at, 1) == b"\xf4"
+    def _where(self) -> str:
+        registers = self.registers()
+        words = " ".join(f"{name}={value:08x}" for name, value in registers.items())
+        return f"CS:EIP {registers['cs']:04x}:{registers['eip']:08x} ({words})"
 
     # Interrupts and exceptions.
 
-    def _interrupt(self) -> None:
-        """Deliver a pending interrupt if the guest can take it now, else ask to be stopped when it can."""
-        machine, control = self._machine, self._control
-        with machine.lock:
+    def _take_interrupt(self) -> None:
+        """Deliver a pending interrupt if the guest accepts it now, else arrange to come back when it does."""
+        control, cpu, native_mode = self._control, self._cpu, self._mode == "native"
+        if control is not None and control.vector.value >= 0:
+            # Acknowledged earlier, and on its way.
+            control.attention.value = 1
+            self._halted = False
+            return
+        vector = -1
+        with self._machine.lock:
             if not self._interrupts.pending():
-                control.window = 0
+                self._closed_windows = 0
                 return
-            context = self._context
-            context.load()
-            if not self._get(EFLAGS) & IF or self._get(HFLAGS) & HF_SHADOW:
-                control.window = 1
+            cpu.load()
+            if cpu.accepts_interrupts():
+                vector = self._interrupts.acknowledge()
+        if vector < 0:
+            if control is None:
                 return
-            vector = self._interrupts.acknowledge()
-            control.window = 1 if self._interrupts.pending() else 0
+            if native_mode:
+                control.window.value = 1
+                control.attention.value = 1
+            elif self._closed_windows < _PATIENCE:
+                self._closed_windows += 1
+                control.stop.value = 1
+                control.attention.value = 1
+            else:
+                later = threading.Timer(_LOOK_AGAIN, self.kick)
+                later.daemon = True
+                later.start()
+            return
+        self._closed_windows = 0
         self._halted = False
-        self._delivery.deliver(vector, None, self._full_eflags())
-        context.store()
-
-    def _exception(self, vector: int) -> None:
-        """An exception or an INT instruction; EIP is where the handler shall return to."""
-        self._context.load()
-        code = None
-        software = False
-        layout = self._layout
-        if vector < 32:
-            software = bool(_u32.unpack_from(self._bytes, layout.is_software)[0])
-            if vector in WITH_CODE and not software:
-                code = _u32.unpack_from(self._bytes, layout.error_code)[0]
-            # Never cleared by the library, which would take the next page fault for a double fault.
-            struct.pack_into("<i", self._bytes, layout.previous, -1)
+        if native_mode and control is not None:
+            control.vector.value = vector
+            control.attention.value = 1
         else:
-            software = True
-        self._deliver(vector, code, software=software)
+            self._delivery.deliver(vector, None)
+            cpu.store()
+            # There may be another one behind it.
+            self._again()
 
-    def _deliver(self, vector: int, code: int | None, *, software: bool = False) -> None:
-        self._delivery.deliver(vector, code, self._full_eflags(), software=software)
-        self._context.store()
+    def _again(self) -> None:
+        if self._control is not None:
+            self._control.stop.value = 1
+            self._control.attention.value = 1
 
-    # Accesses by the guest, called from inside the library on this thread.
+    def _raised(self, _engine: int, vector: int, _user: int) -> None:
+        """An exception or INT, where Python delivers it: leave the engine first."""
+        self._exception = vector
+        self._engine.stop()
 
-    def _port_in(self, engine: Any, port: int, size: int, data: Any) -> int:
-        try:
-            machine = self._machine
-            with machine.lock:
-                if size > 1:
-                    found = machine.ports.find(port)
-                    if found is not None and hasattr(found.handler, "read_block"):
-                        first = self._strings.read(machine.ports, port, size)
-                        if first is not None:
-                            return first
-                return machine.ports.read(port, size)
-        except BaseException as error:
-            return self._fail(error)
-
-    def _port_out(self, engine: Any, port: int, size: int, value: int, data: Any) -> None:
-        try:
-            machine = self._machine
-            with machine.lock:
-                if size > 1:
-                    found = machine.ports.find(port)
-                    if (
-                        found is not None
-                        and hasattr(found.handler, "write_block")
-                        and self._strings.write(machine.ports, port, size, value)
-                    ):
-                        return
-                machine.ports.write(port, size, value & ((1 << (8 * size)) - 1))
-        except BaseException as error:
-            self._fail(error)
-
-    def _mmio_read(self, address: int, size: int) -> int:
-        try:
-            machine = self._machine
-            with machine.lock:
-                found = machine.memory.find(address)
-                if found is None or found.region.handler is None:
-                    return (1 << (8 * size)) - 1
-                return found.region.handler.read(found.offset + address - found.start, size)
-        except BaseException as error:
-            return self._fail(error)
-
-    def _mmio_write(self, address: int, size: int, value: int) -> None:
-        try:
-            machine = self._machine
-            with machine.lock:
-                found = machine.memory.find(address)
-                if found is not None and found.region.handler is not None:
-                    found.region.handler.write(found.offset + address - found.start, size, value)
-        except BaseException as error:
-            self._fail(error)
-
-    def _rom_write(self, uc: Any, access: int, address: int, size: int, value: int, data: Any) -> bool:
-        """A write to ROM: let it happen, and put the old bytes back before the next block."""
-        self._map.open_rom(address, size)
-        self._map_changed = True
-        self._control.attention = 1
+    def _invalid(self, _engine: int, _user: int) -> bool:
+        self._exception = UD
+        self._engine.stop()
         return True
 
-    def _fail(self, error: BaseException) -> int:
-        """Remember what a handler raised; the loop raises it again outside of the library."""
-        if self._failure is None:
-            self._failure = error
-        self._control.attention = 1
-        return 0
+    def _deliver_exception(self) -> None:
+        vector, self._exception = self._exception, -1
+        cpu = self._cpu
+        cpu.load()
+        software = cpu.is_software and vector != UD
+        code = cpu.error_code if vector in WITH_CODE and not software else None
+        cpu.forget_exception()
+        self._delivery.deliver(vector, code, software=software)
+        cpu.store()
 
-    # Work that must not happen while guest code runs.
+    # Memory.
 
-    def memory_changed(self) -> None:
-        """The map is another: follow it before the next block."""
-        self._map_changed = True
-        self._control.attention = 1
+    def _has_apic(self) -> bool:
+        found = self._machine.memory.find(_LOCAL_APIC)
+        return found is not None and found.region.kind is RegionKind.MMIO
 
     def _follow_map(self) -> None:
-        self._map_changed = False
         with self._machine.lock:
-            self._map.close_rom()
-            self._map.follow(self._machine.memory)
+            self._map_changed = False
+            self._space.apply()
             self._linear.refresh(self._machine.memory)
 
-    def dma_written(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Drop translations of code in *ranges*; returns when they can no longer be executed."""
-        with self._guard:
-            if not self._running:
-                self._posted.append((ranges, None))
-                return
-            done = threading.Event()
-            self._posted.append((ranges, done))
+    def _mmio_read(self, _engine: int, offset: int, size: int, start: int) -> int:
+        try:
+            with self._machine.lock:
+                handler, skip = self._space.handlers[start]
+                return handler.read(offset + skip, size) & ((1 << (8 * size)) - 1)
+        except BaseException as error:
+            self._fail(error)
+            return (1 << (8 * size)) - 1
+
+    def _mmio_write(self, _engine: int, offset: int, size: int, value: int, start: int) -> None:
+        try:
+            with self._machine.lock:
+                handler, skip = self._space.handlers[start]
+                handler.write(offset + skip, size, value & ((1 << (8 * size)) - 1))
+        except BaseException as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """Keep what a device's handler raised; the loop raises it again outside of the engine."""
+        if self._failure is None:
+            self._failure = error
         self.kick()
-        done.wait()
 
-    def _serve(self) -> None:
-        """Do what was posted. Called with the guard held, outside of guest code."""
-        posted, self._posted = self._posted, []
-        for ranges, done in posted:
-            for address, length in ranges:
-                self._drop(self._machine.memory, address, length)
-            if done is not None:
-                done.set()
+    def _step_over_rom_write(self) -> None:
+        """Writes to ROM are dropped: do the instruction, with all its other effects, on a copy."""
+        space, engine = self._space, self._engine
+        roms = space.roms()
+        keep = space.make_writable_copies(roms)
+        self._cpu.load()
+        error = engine.start(self._cpu.eip, 1)
+        space.restore(roms)
+        keep.clear()
+        if self._exception >= 0:
+            self._deliver_exception()
+        elif error:
+            self._machine.internal_error(f"unicorn: {engine.strerror(error)} at {self._where()}")
 
-    def _drop(self, memory: GuestMemory, address: int, length: int) -> None:
-        # Writing bytes over themselves is how the library is told that they changed. Nothing else writes them now: the
-        # device is done with them and the guest is not running.
+    def _stored(self, physical: int, length: int) -> None:
+        """A string instruction stored these bytes: drop what was translated from them."""
+        if self._ram_address is not None and self._invalidate is not None:
+            self._drop(physical, length)
+        else:
+            self._dirty.append((physical, length))
+            self.kick()
+
+    def _clean(self) -> None:
+        with self._guard:
+            dirty, self._dirty = self._dirty, []
+            if self._ram_address is not None and self._invalidate is not None:
+                for physical, length in dirty:
+                    self._drop(physical, length)
+            else:
+                # By linear address is all that the library offers: without paging that is the physical one.
+                cr0 = self._engine.get("cr0")
+                self._engine.set("cr0", cr0 & 0x7FFFFFFF)
+                for physical, length in dirty:
+                    self._engine.uc.ctl_remove_cache(physical, physical + length)
+                self._engine.set("cr0", cr0)
+            self._cleaned.notify_all()
+
+    def _drop(self, physical: int, length: int) -> None:
+        """Drop translations of a physical range, by the engine's own numbering of RAM."""
+        assert self._ram_address is not None
+        assert self._invalidate is not None
+        memory, handle = self._machine.memory, self._engine.handle
         while length > 0:
-            found = memory.find(address)
+            found = memory.find(physical)
             if found is None:
-                return
-            n = min(length, found.start + found.size - address)
-            if found.region.kind is RegionKind.RAM:
-                place = self._ram + found.region.backing + found.offset + address - found.start
-                library.mem_write(self._engine, address, place, n)
-            address += n
+                raise DmaError(f"address {physical:#x} is not RAM")
+            n = min(length, found.start + found.size - physical)
+            if found.region.kind is not RegionKind.MMIO:
+                if found.start < 1 << 20 < physical + n and physical < 1 << 20:
+                    n = (1 << 20) - physical  # the map is cut there
+                place = found.region.backing + found.offset + physical - found.start
+                at = self._ram_address(handle, self._space.host_address(place))
+                if at != 0xFFFFFFFFFFFFFFFF:
+                    self._invalidate(handle, at, at + n)
+            physical += n
             length -= n
 
-    def _where(self) -> str:
+
+def _ask_cpuid(engine: Engine) -> tuple[int, int, int, int]:
+    """The engine's own answer to CPUID leaf 1."""
+    page = ctypes.create_string_buffer(2 * PAGE)
+    place = -(-ctypes.addressof(page) // PAGE) * PAGE
+    ctypes.memmove(place, bytes.fromhex("0fa2f4"), 3)  # cpuid; hlt
+    engine.check(engine.lib.uc_mem_map_ptr(engine.handle, 0, PAGE, unicorn.UC_PROT_ALL, place), "map a page")
+    engine.set("cr0", 0x10)
+    for name in SEGMENT_NAMES:
+        engine.set(name, 0)
+    engine.set("eax", 1)
+    engine.check(engine.start(0), "run CPUID")
+    engine.check(engine.lib.uc_mem_unmap(engine.handle, 0, PAGE), "unmap a page")
+    return engine.get("eax"), engine.get("ebx"), engine.get("ecx"), engine.get("edx")
+
+
+def _choose(
+    engine: Engine, layout: StateLayout, mode: str
+) -> tuple[native.Control | None, native.Internals | None, str]:
+    """What this host offers of the wanted *mode*. Raises UsageError for one that it does not."""
+    control = internals = None
+    code = native.machine_code()
+    if mode != "count" and code is not None:
         try:
-            names = self.registers()
-        except UcError:
-            return "an unknown place"
-        words = " ".join(f"{name}={value:08x}" for name, value in names.items())
-        return f"CS:EIP {names['cs']:04x}:{names['eip']:08x} ({words})"
-
-
-def _load_segment(data: memoryview, at: int, segment: Segment) -> None:
-    access = segment.type | segment.s << 4 | segment.dpl << 5 | segment.present << 7
-    flags = access << 8 | segment.l << 21 | segment.db << 22 | segment.g << 23
-    struct.pack_into("<IIQII", data, at, segment.selector, 0, segment.base, segment.limit, flags)
+            control = native.Control(engine, code)
+        except OSError:
+            control = None
+    if control is not None and mode != "block":
+        internals = native.find_internals(engine)
+        if internals is not None:
+            control.connect(internals, layout)
+    found = "count" if control is None else "block" if internals is None else "native"
+    if mode not in ("auto", found):
+        raise UsageError(f"-accel unicorn,mode={mode}: this host or build of unicorn offers {found}")
+    return control, internals, found

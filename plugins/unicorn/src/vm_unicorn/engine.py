@@ -87,7 +87,7 @@ class RegisterBatch:
 
     def write(self, *values: int) -> None:
         """Set all of them, in the order of the names."""
-        self._values[:] = values
+        self._values[:] = list(values)
         self._engine.lib.uc_reg_write_batch(self._engine.handle, self._ids, self._pointers, self._count)
 
 
@@ -120,7 +120,9 @@ class Engine:
         lib.uc_strerror.argtypes = (ctypes.c_int,)
         lib.uc_strerror.restype = ctypes.c_char_p
 
-        self.uc = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_32)
+        # The wheel has no types.
+        make: Any = unicorn.Uc  # type: ignore[attr-defined]
+        self.uc = make(unicorn.UC_ARCH_X86, unicorn.UC_MODE_32)
         # No long mode (this is a 32-bit machine), SSE3: what Debian's i386 kernels want.
         self.uc.ctl_set_cpu_model(x86.UC_CPU_X86_COREDUO)
         # Without this each return probes the address 'until', a hidden page fault once paging is on.

@@ -1,7 +1,8 @@
 """Delivery of exceptions and interrupts: what the processor does between an event and its handler's first instruction.
 
-Source: Intel SDM vol. 3, chapter 6 (protected mode) and 20.1.4 (real mode). The library stops at every exception and
-every INT instruction and leaves the rest to its user.
+Source: Intel SDM vol. 3, chapter 6 (protected mode) and 20.1.4 (real mode). The engine stops at every exception and
+every INT instruction and leaves the rest to its user. Where the engine's own code for it can be called (see
+:mod:`.native`) this module is not used.
 """
 
 from __future__ import annotations
@@ -9,54 +10,13 @@ from __future__ import annotations
 import struct
 
 from .paging import LinearMemory, NotMapped
-from .state import (
-    AC,
-    BASE,
-    CR0,
-    CR0_PE,
-    CR3,
-    CR4,
-    CS,
-    DS,
-    EFLAGS,
-    EIP,
-    ES,
-    ESP,
-    FLAGS,
-    FS,
-    GDT,
-    GS,
-    HF_ADDSEG,
-    HF_CPL,
-    HF_CS32,
-    HF_SHADOW,
-    HF_SS32,
-    HFLAGS,
-    IDT,
-    IF,
-    LDT,
-    LIMIT,
-    NT,
-    RF,
-    SEGMENTS,
-    SELECTOR,
-    SS,
-    TF,
-    TR,
-    VM,
-    Context,
-    Layout,
-)
+from .state import AC, IF, NT, RF, TF, VM, CpuRecord
 
-DE, DB, UD, DF, TS, NP, SS_FAULT, GP, PF, AC_FAULT = 0, 1, 6, 8, 10, 11, 12, 13, 14, 17
+DE, BP, OF, UD, DF, TS, NP, SS_FAULT, GP, PF, AC_FAULT = 0, 3, 4, 6, 8, 10, 11, 12, 13, 14, 17
 #: Exceptions that push an error code.
 WITH_CODE = frozenset((DF, TS, NP, SS_FAULT, GP, PF, AC_FAULT))
 #: Two of these in a row are a double fault (table 6-5).
 CONTRIBUTORY = frozenset((DE, TS, NP, SS_FAULT, GP))
-
-_u32 = struct.Struct("<I")
-_u64 = struct.Struct("<Q")
-_cache = struct.Struct("<IIQII")  # one segment register: selector, padding, base, limit, flags
 
 
 class TripleFault(Exception):  # noqa: N818 - the processor shuts down; the machine resets
@@ -73,30 +33,22 @@ class _FaultError(Exception):
 
 
 class Delivery:
-    """Delivers events into the state held by a context. The caller loads the context first and stores it after."""
+    """Delivers events into a CPU's record. The caller loads the record first and stores it after."""
 
-    def __init__(self, context: Context, layout: Layout, linear: LinearMemory) -> None:
-        self._context = context
-        self._bytes = context.bytes
-        self._base = layout.base
+    def __init__(self, cpu: CpuRecord, linear: LinearMemory) -> None:
+        self._cpu = cpu
         self._linear = linear
 
-    def _get(self, offset: int) -> int:
-        return int(_u32.unpack_from(self._bytes, self._base + offset)[0])
-
-    def _put(self, offset: int, value: int) -> None:
-        _u64.pack_into(self._bytes, self._base + offset, value & 0xFFFFFFFF)
-
-    def deliver(self, vector: int, code: int | None, eflags: int, *, software: bool = False) -> None:
-        """Enter the handler of *vector*; *eflags* is the full register. Raises TripleFault."""
-        linear = self._linear
-        linear.cr0, linear.cr3, linear.cr4 = self._get(CR0), self._get(CR3), self._get(CR4)
+    def deliver(self, vector: int, code: int | None, *, software: bool = False) -> None:
+        """Enter the handler of *vector* with error code *code*; *software*: an INT instruction. Raises TripleFault."""
+        cpu, linear = self._cpu, self._linear
+        linear.cr0, linear.cr3, linear.cr4 = cpu.control(0), cpu.control(3), cpu.control(4)
         while True:
             try:
-                if linear.cr0 & CR0_PE:
-                    self._protected(vector, code, eflags, software)
+                if linear.cr0 & 1:
+                    self._protected(vector, code, software)
                 else:
-                    self._real(vector, eflags)
+                    self._real(vector)
                 return
             except (NotMapped, _FaultError) as fault:
                 second, second_code = (fault.vector, fault.code) if isinstance(fault, _FaultError) else (PF, 0)
@@ -108,47 +60,42 @@ class Delivery:
                 else:
                     vector, code, software = second, second_code, False
 
-    def _real(self, vector: int, eflags: int) -> None:
+    def _real(self, vector: int) -> None:
         """Through the interrupt vector table: push FLAGS, CS, IP."""
-        linear = self._linear
-        base, limit = self._get(IDT + BASE), self._get(IDT + LIMIT)
-        if vector * 4 + 3 > limit:
+        cpu, linear, layout = self._cpu, self._linear, self._cpu.layout
+        if vector * 4 + 3 > cpu.limit("idtr"):
             raise _FaultError(GP, 0)
-        ip, selector = struct.unpack("<HH", linear.read(base + vector * 4, 4))
-        cs = SEGMENTS + 24 * CS
-        sp = (self._get(8 * ESP) - 6) & 0xFFFF
-        frame = struct.pack("<HHH", self._get(EIP) & 0xFFFF, self._get(cs) & 0xFFFF, eflags & 0xFFFF)
-        linear.write(self._get(SEGMENTS + 24 * SS + BASE) + sp, frame)
-        self._put(8 * ESP, (self._get(8 * ESP) & 0xFFFF0000) | sp)
-        self._put(EIP, ip)
-        self._put(EFLAGS, self._get(EFLAGS) & ~(IF | TF | AC | RF))
-        _u32.pack_into(self._bytes, self._base + cs, selector)
-        self._put(cs + BASE, selector << 4)
-        self._flags(self._get(HFLAGS) & ~HF_SHADOW)
-
-    def _flags(self, hflags: int) -> None:
-        _u32.pack_into(self._bytes, self._base + HFLAGS, hflags)
+        ip, selector = struct.unpack("<HH", linear.read(cpu.base("idtr") + vector * 4, 4))
+        esp = cpu.get(layout.esp)
+        sp = (esp - 6) & 0xFFFF
+        frame = struct.pack("<HHH", cpu.eip & 0xFFFF, cpu.selector("cs"), cpu.eflags & 0xFFFF)
+        linear.write(cpu.base("ss") + sp, frame)
+        cpu.put(layout.esp, (esp & 0xFFFF0000) | sp)
+        cpu.put(layout.eip, ip)
+        cpu.clear_eflags(IF | TF | AC | RF)
+        cpu.set_segment("cs", selector, selector << 4, cpu.limit("cs"), cpu.flags("cs"))
+        cpu.set_hidden_sizes(0)
 
     def _descriptor(self, selector: int, fault: int) -> tuple[int, int]:
         """The two words of a descriptor; *fault* is raised with the selector if there is none."""
-        table = LDT if selector & 4 else GDT
+        table = "ldtr" if selector & 4 else "gdtr"
         at = selector & 0xFFF8
-        if not selector & 0xFFFC or at + 7 > self._get(table + LIMIT):
+        if not selector & 0xFFFC or at + 7 > self._cpu.limit(table):
             raise _FaultError(fault, selector & 0xFFFC)
-        low, high = struct.unpack("<II", self._linear.read(self._get(table + BASE) + at, 8))
+        low, high = struct.unpack("<II", self._linear.read(self._cpu.base(table) + at, 8))
         return low, high
 
-    def _protected(self, vector: int, code: int | None, eflags: int, software: bool) -> None:
+    def _protected(self, vector: int, code: int | None, software: bool) -> None:
         """Through the interrupt descriptor table: switch the stack if the privilege changes, push the frame."""
-        linear = self._linear
+        cpu, linear, layout = self._cpu, self._linear, self._cpu.layout
+        eflags = cpu.eflags
         external = 0 if software else 1
-        if vector * 8 + 7 > self._get(IDT + LIMIT):
+        if vector * 8 + 7 > cpu.limit("idtr"):
             raise _FaultError(GP, vector * 8 + 2 + external)
-        low, high = struct.unpack("<II", linear.read(self._get(IDT + BASE) + vector * 8, 8))
+        low, high = struct.unpack("<II", linear.read(cpu.base("idtr") + vector * 8, 8))
         kind = high >> 8 & 0x1F
-        hflags = self._get(HFLAGS)
-        cpl = 3 if eflags & VM else hflags & HF_CPL
-        if kind not in (0x06, 0x07, 0x0E, 0x0F):  # 5: task gates, which no 32-bit kernel uses but for #DF
+        cpl = 3 if eflags & VM else cpu.hidden & 3
+        if kind not in (0x06, 0x07, 0x0E, 0x0F):  # 5, a task gate, is used for double faults at most
             raise _FaultError(GP, vector * 8 + 2 + external)
         if software and (high >> 13 & 3) < cpl:
             raise _FaultError(GP, vector * 8 + 2)
@@ -163,76 +110,55 @@ class Delivery:
             raise _FaultError(GP, selector & 0xFFFC)
         if not code_high & 0x8000:
             raise _FaultError(NP, selector & 0xFFFC)
-        conforming = code_high & 0x400
-        esp = self._get(8 * ESP)
-        stack = SEGMENTS + 24 * SS
+        esp = cpu.get(layout.esp)
         frame = []
-        if not conforming and dpl < cpl:
+        new_stack = None
+        if not code_high & 0x400 and dpl < cpl:
             if eflags & VM and dpl:
                 raise _FaultError(GP, selector & 0xFFFC)
             new_ss, new_esp = self._inner_stack(dpl)
             ss_low, ss_high = self._descriptor(new_ss, TS)
-            if (ss_high >> 13 & 3) != dpl or ss_high & 0x1A00 != 0x1200:
+            if (ss_high >> 13 & 3) != dpl or ss_high & 0x9A00 != 0x9200:
                 raise _FaultError(TS, new_ss & 0xFFFC)
             if eflags & VM:
-                frame = [self._get(SEGMENTS + 24 * s) for s in (GS, FS, DS, ES)]
-            frame += [self._get(stack), esp]
-            stack_base, stack_wide, esp = _base(ss_low, ss_high), ss_high & 1 << 22, new_esp
-        elif conforming or dpl == cpl:
+                frame = [cpu.selector(s) for s in ("gs", "fs", "ds", "es")]
+            frame += [cpu.selector("ss"), esp]
+            stack_base, stack_flags, esp = _base(ss_low, ss_high), ss_high, new_esp
+            new_stack = (new_ss & ~3 | dpl, stack_base, _limit(ss_low, ss_high), ss_high)
+        else:
             if eflags & VM:
                 raise _FaultError(GP, selector & 0xFFFC)
-            new_ss = None
-            stack_base, stack_wide = self._get(stack + BASE), hflags & HF_SS32
+            stack_base, stack_flags = cpu.base("ss"), cpu.flags("ss")
             dpl = cpl
-        else:
-            raise _FaultError(GP, selector & 0xFFFC)
-        frame += [eflags, self._get(SEGMENTS + 24 * CS), self._get(EIP)]
+        frame += [eflags, cpu.selector("cs"), cpu.eip]
         if code is not None:
             frame.append(code)
         frame.reverse()
         size = len(frame) * (4 if wide else 2)
-        mask = 0xFFFFFFFF if stack_wide else 0xFFFF
+        mask = 0xFFFFFFFF if stack_flags & 1 << 22 else 0xFFFF
         top = (esp - size) & mask
         packed = struct.pack(f"<{len(frame)}{'I' if wide else 'H'}", *(w if wide else w & 0xFFFF for w in frame))
         linear.write((stack_base + top) & 0xFFFFFFFF, packed)
         # Nothing can fail from here on.
-        self._put(8 * ESP, esp & ~mask | top)
-        if new_ss is not None:
-            if eflags & VM:
-                for s in (ES, DS, FS, GS):
-                    _cache.pack_into(self._bytes, self._base + SEGMENTS + 24 * s, 0, 0, 0, 0, 0)
-            new_ss = new_ss & ~3 | dpl
-            _cache.pack_into(self._bytes, self._base + stack, new_ss, 0, stack_base, _limit(ss_low, ss_high), ss_high)
-        _cache.pack_into(
-            self._bytes, self._base + SEGMENTS + 24 * CS,
-            selector & ~3 | dpl, 0, _base(code_low, code_high), _limit(code_low, code_high), code_high,
-        )  # fmt: skip
-        self._put(EIP, target)
-        gone = TF | VM | RF | NT | (0 if kind & 1 else IF)
-        self._put(EFLAGS, self._get(EFLAGS) & ~gone)
-        hflags = hflags & ~(HF_CPL | HF_SHADOW | HF_CS32 | HF_SS32 | HF_ADDSEG) | dpl
-        if code_high & 1 << 22:
-            hflags |= HF_CS32
-        if stack_wide:
-            hflags |= HF_SS32
-        if not hflags & HF_CS32 or any(self._get(SEGMENTS + 24 * s + BASE) for s in (DS, ES, SS)):
-            hflags |= HF_ADDSEG
-        self._flags(hflags)
+        cpu.put(layout.esp, esp & ~mask | top)
+        if eflags & VM:
+            for name in ("es", "ds", "fs", "gs"):
+                cpu.set_segment(name, 0, 0, 0, 0)
+        if new_stack is not None:
+            cpu.set_segment("ss", *new_stack)
+        cpu.set_segment("cs", selector & ~3 | dpl, _base(code_low, code_high), _limit(code_low, code_high), code_high)
+        cpu.put(layout.eip, target)
+        cpu.clear_eflags(TF | VM | RF | NT | (0 if kind & 1 else IF))
+        cpu.set_hidden_sizes(dpl)
 
     def _inner_stack(self, dpl: int) -> tuple[int, int]:
         """SS and ESP for privilege level *dpl* from the task state segment."""
-        flags = self._get(TR + FLAGS)
-        base, limit = self._get(TR + BASE), self._get(TR + LIMIT)
-        if flags & 0x800:
-            at = 4 + 8 * dpl
-            if at + 7 > limit:
-                raise _FaultError(TS, self._get(TR + SELECTOR) & 0xFFFC)
-            esp, ss = struct.unpack("<II", self._linear.read(base + at, 8))
-        else:
-            at = 2 + 4 * dpl
-            if at + 3 > limit:
-                raise _FaultError(TS, self._get(TR + SELECTOR) & 0xFFFC)
-            esp, ss = struct.unpack("<HH", self._linear.read(base + at, 4))
+        cpu = self._cpu
+        base, limit = cpu.base("tr"), cpu.limit("tr")
+        at, form, size = (4 + 8 * dpl, "<II", 8) if cpu.flags("tr") & 0x800 else (2 + 4 * dpl, "<HH", 4)
+        if at + size - 1 > limit:
+            raise _FaultError(TS, cpu.selector("tr") & 0xFFFC)
+        esp, ss = struct.unpack(form, self._linear.read(base + at, size))
         return ss & 0xFFFF, esp
 
 

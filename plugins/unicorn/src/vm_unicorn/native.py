@@ -26,9 +26,9 @@ import struct
 import sys
 
 import attrs
-import unicorn
 
-from .engine import GENERAL, Context, Engine
+from .engine import Engine
+from .state import MAGIC_GENERAL, StateLayout, set_magic_registers
 
 # Control page: byte offsets of its words.
 ATTENTION = 0  # u32: anything below needs a look
@@ -190,6 +190,18 @@ def _clear_instruction_cache(start: int, end: int) -> None:
     clear(start, end)
 
 
+@attrs.frozen
+class Internals:
+    """Addresses inside the engine, in a build that exports what is needed."""
+
+    #: The CPU's architectural state (what StateLayout's offsets count from), and the CPU object.
+    env: int
+    cpu: int
+    do_interrupt: int
+    loop_exit: int
+    do_exception: int
+
+
 class Control:
     """The control page and the machine code that looks at it."""
 
@@ -220,113 +232,25 @@ class Control:
         """Store an address in the page."""
         struct.pack_into("<Q", self._page, offset, value)
 
+    def connect(self, internals: Internals, layout: StateLayout) -> None:
+        """Let the machine code look into the engine and call it."""
+        for offset, value in (
+            (EFLAGS_PLACE, internals.env + layout.eflags),
+            (HFLAGS_PLACE, internals.env + layout.hflags),
+            (ENV, internals.env),
+            (CPU, internals.cpu),
+            (DO_INTERRUPT, internals.do_interrupt),
+            (DO_LOOP_EXIT, internals.loop_exit),
+            (DO_EXCEPTION, internals.do_exception),
+        ):
+            self.set_pointer(offset, value)
+
     def clear(self) -> None:
         """Take back every request; what they were about must be looked at after this."""
         self.attention.value = 0
         self.stop.value = 0
         self.window.value = 0
         self.left.value = 0
-
-
-@attrs.frozen
-class StateLayout:
-    """Where things are in the engine's CPU state: byte offsets from its general registers, found by behaviour."""
-
-    #: Of the general registers, in a saved context.
-    context: int
-    eip: int
-    eflags: int
-    hflags: int
-    #: Of each segment register: selector (u32), base (u64) 8 bytes on, limit and flags (u32) 16 and 20 bytes on.
-    segments: dict[str, int]
-    #: The exception being delivered, -1 for none; the engine never clears it when the host delivers exceptions.
-    old_exception: int
-    error_code: int
-
-
-@attrs.frozen
-class Internals:
-    """Addresses inside the engine, in a build that exports what is needed."""
-
-    #: The CPU's architectural state (what StateLayout's offsets count from), and the CPU object.
-    env: int
-    cpu: int
-    do_interrupt: int
-    loop_exit: int
-    do_exception: int
-
-
-_MAGIC = tuple(0x5EED0000 | i * 0x1111 for i in range(8))
-
-
-def find_layout(engine: Engine) -> StateLayout | None:
-    """Look for the layout in saved contexts. The engine has no memory yet and is left with changed registers."""
-    context = Context(engine)
-    page = mmap.mmap(-1, 4096)
-    try:
-        for name, value in zip(GENERAL, _MAGIC, strict=True):
-            engine.set(name, value)
-        context.save()
-        at = context.bytes().find(struct.pack("<8Q", *_MAGIC))
-        if at < 0:
-            return None
-
-        def state() -> bytes:
-            context.save()
-            return context.bytes()[at:]
-
-        def words(data: bytes) -> list[int]:
-            return [w for (w,) in struct.iter_unpack("<I", data[: len(data) & ~3])]
-
-        engine.set("eip", 0x51A7C0DE)
-        eip = state().find(struct.pack("<Q", 0x51A7C0DE))
-        engine.set("eflags", 0x202)
-        on = words(state())
-        engine.set("eflags", 0x002)
-        off = words(state())
-        eflags = [4 * i for i, (a, b) in enumerate(zip(on, off, strict=True)) if a ^ b == 0x200]
-
-        # The hidden flags' bit 7 is CR0.PE; CR0 itself has it in bit 0.
-        engine.set("cr0", 0x11)
-        on = words(state())
-        engine.set("cr0", 0x10)
-        off = words(state())
-        hflags = [4 * i for i, (a, b) in enumerate(zip(on, off, strict=True)) if a & 0x80 and a & ~b & 0x80]
-
-        segments = {}
-        for i, name in enumerate(("es", "cs", "ss", "ds", "fs", "gs")):
-            selector = 0x1234 + 0x101 * i
-            engine.set(name, selector)
-            data = state()
-            place = data.find(struct.pack("<I4xQ", selector, selector << 4))
-            if place < 0:
-                return None
-            segments[name] = place
-
-        # An exception with an error code that nobody takes: MOV DS, 28h with an empty descriptor table.
-        base = ctypes.addressof(ctypes.c_char.from_buffer(page))
-        engine.set("cr0", 0x10)
-        for name in ("cs", "ds", "es", "ss"):
-            engine.set(name, 0)
-        page[:5] = bytes.fromhex("b82800 8ed8")  # mov ax, 28h; mov ds, ax
-        # Protected mode with the 16-bit segments of real mode still loaded.
-        engine.set("cr0", 0x11)
-        engine.set_table("gdtr", 0, 0)
-        engine.check(engine.lib.uc_mem_map_ptr(engine.handle, 0, 4096, 7, base), "map a page")
-        before = words(state())
-        error = engine.start(0)
-        after = words(state())
-        engine.check(engine.lib.uc_mem_unmap(engine.handle, 0, 4096), "unmap a page")
-        changed = [(4 * i, a, b) for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
-        old = [i for i, a, b in changed if (a, b) == (0xFFFFFFFF, 13)]
-        code = [i for i, a, b in changed if b == 0x28 and i > eip]
-        if error != unicorn.UC_ERR_EXCEPTION or eip < 0:
-            return None
-        if not (len(eflags) == len(hflags) == len(old) == len(code) == 1):
-            return None
-        return StateLayout(at, eip, eflags[0], hflags[0], segments, old[0], code[0])
-    finally:
-        context.close()
 
 
 def find_internals(engine: Engine) -> Internals | None:
@@ -341,14 +265,12 @@ def find_internals(engine: Engine) -> Internals | None:
     cpu = get_cpu(engine.handle, -1) or get_cpu(engine.handle, 0)
     if not cpu:
         return None
-    for name, value in zip(GENERAL, _MAGIC, strict=True):
-        engine.set(name, value)
-    pattern = struct.pack("<8Q", *_MAGIC)
+    set_magic_registers(engine)
     seen = b""
     # In small steps: the state is surely inside the object, and what lies behind the object may not be readable.
     for step in range(0, 0xC000, 256):
         seen += ctypes.string_at(cpu + step, 256)
-        at = seen.find(pattern)
+        at = seen.find(MAGIC_GENERAL)
         if at >= 0:
             return Internals(cpu + at, cpu, *addresses)
     return None

@@ -1,88 +1,114 @@
-"""Translation of guest-linear addresses by walking the page tables (Intel SDM vol. 3, 4.3 and 4.4)."""
+"""Linear to physical addresses, by the guest's own page tables (Intel SDM vol. 3, 4.3 and 4.4).
+
+Only what delivers exceptions and moves string I/O needs: the library has a TLB of its own for guest instructions.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import struct
 
-from vm_core.machine.memory import DmaError, GuestMemory
+from vm_core.machine.memory import GuestMemory, RegionKind
 
-CR0_PE, CR0_PG = 1, 1 << 31
+CR0_PG = 1 << 31
 CR4_PSE, CR4_PAE = 1 << 4, 1 << 5
 
-# Entry bits.
-PRESENT, WRITABLE, USER, ACCESSED, DIRTY, LARGE = 1, 2, 4, 0x20, 0x40, 0x80
+_u32 = struct.Struct("<I")
+_u64 = struct.Struct("<Q")
 
 
-class Translation(NamedTuple):
-    """Where a linear address is. *writable* and *user* combine the entries of all levels."""
-
-    physical: int
-    writable: bool
-    user: bool
+class NotMapped(Exception):  # noqa: N818 - a state of the guest, not a failure here
+    """The guest's tables do not allow the access."""
 
 
-class PageWalker:
-    """Walks the tables that the control registers name."""
+class LinearMemory:
+    """Guest memory by linear address, with supervisor rights. *memory* is told anew after each change of the map."""
 
     def __init__(self, memory: GuestMemory) -> None:
-        self._memory = memory
+        self._view = memoryview(memory.buffer)
+        self._ram: list[tuple[int, int, int]] = []
+        self.cr0 = 0
+        self.cr3 = 0
+        self.cr4 = 0
+        self.refresh(memory)
 
-    def _entry(self, address: int, size: int, mark: int) -> int | None:
-        """Read a table entry, setting the bits *mark* if it is present; None if it is not there or not present."""
-        try:
-            view = self._memory.view(address, size)
-        except DmaError:
-            return None
-        entry = int.from_bytes(view, "little")
-        if not entry & PRESENT:
-            return None
-        if mark & ~entry:
-            entry |= mark
-            view[:] = entry.to_bytes(size, "little")
-        return entry
+    def refresh(self, memory: GuestMemory) -> None:
+        """Take in where RAM is now."""
+        self._ram = [
+            (r.start, r.start + r.size, r.region.backing + r.offset - r.start)
+            for r in memory.flat
+            if r.region.kind is not RegionKind.MMIO
+        ]
 
-    def walk(
-        self, linear: int, cr0: int, cr3: int, cr4: int, *, access: bool = False, write: bool = False
-    ) -> Translation | None:
-        """Translate *linear*; None if no page is present. *access* and *write* set the tables' A and D bits."""
-        if not cr0 & CR0_PG:
-            return Translation(linear & 0xFFFFFFFF, True, True)
-        used = ACCESSED if access or write else 0
-        dirty = used | (DIRTY if write else 0)
-        if cr4 & CR4_PAE:
-            return self._walk_pae(linear, cr3, used, dirty)
-        directory = (cr3 & 0xFFFFF000) + (linear >> 22) * 4
-        pde = self._entry(directory, 4, 0)
-        if pde is None:
-            return None
-        if pde & LARGE and cr4 & CR4_PSE:
-            self._entry(directory, 4, dirty)
-            # PSE-36: bits 20–13 are bits 39–32 of the address.
-            base = (pde & 0xFFC00000) | ((pde & 0x1FE000) << 19)
-            return Translation(base | (linear & 0x3FFFFF), bool(pde & WRITABLE), bool(pde & USER))
-        self._entry(directory, 4, used)
-        pte = self._entry((pde & 0xFFFFF000) + ((linear >> 12) & 0x3FF) * 4, 4, dirty)
-        if pte is None:
-            return None
-        both = pde & pte
-        return Translation((pte & 0xFFFFF000) | (linear & 0xFFF), bool(both & WRITABLE), bool(both & USER))
+    def place(self, physical: int) -> int:
+        """Where a physical address is in the buffer."""
+        for start, end, shift in self._ram:
+            if start <= physical < end:
+                return physical + shift
+        raise NotMapped(f"physical address {physical:#x} is not memory")
 
-    def _walk_pae(self, linear: int, cr3: int, used: int, dirty: int) -> Translation | None:
-        top = self._entry((cr3 & 0xFFFFFFE0) + (linear >> 30) * 8, 8, 0)
-        if top is None:
-            return None
-        mask = 0x000FFFFFFFFFF000
-        directory = (top & mask) + ((linear >> 21) & 0x1FF) * 8
-        pde = self._entry(directory, 8, 0)
-        if pde is None:
-            return None
-        if pde & LARGE:
-            self._entry(directory, 8, dirty)
-            base = pde & mask & ~0x1FFFFF
-            return Translation(base | (linear & 0x1FFFFF), bool(pde & WRITABLE), bool(pde & USER))
-        self._entry(directory, 8, used)
-        pte = self._entry((pde & mask) + ((linear >> 12) & 0x1FF) * 8, 8, dirty)
-        if pte is None:
-            return None
-        both = pde & pte
-        return Translation((pte & mask) | (linear & 0xFFF), bool(both & WRITABLE), bool(both & USER))
+    def physical(self, linear: int, *, write: bool = False) -> int:
+        """The physical address of *linear*. Raises NotMapped."""
+        linear &= 0xFFFFFFFF
+        if not self.cr0 & CR0_PG:
+            return linear
+        if self.cr4 & CR4_PAE:
+            return self._physical_pae(linear, write)
+        at = self.place((self.cr3 & 0xFFFFF000) + (linear >> 20 & 0xFFC))
+        entry = _u32.unpack_from(self._view, at)[0]
+        if not entry & 1:
+            raise NotMapped(f"linear address {linear:#x}")
+        if entry & 0x80 and self.cr4 & CR4_PSE:
+            self._mark(at, entry, write)
+            return int((entry & 0xFFC00000) | (linear & 0x3FFFFF))
+        at = self.place((entry & 0xFFFFF000) + (linear >> 10 & 0xFFC))
+        entry = _u32.unpack_from(self._view, at)[0]
+        if not entry & 1 or (write and not entry & 2):
+            raise NotMapped(f"linear address {linear:#x}")
+        self._mark(at, entry, write)
+        return int((entry & 0xFFFFF000) | (linear & 0xFFF))
+
+    def _physical_pae(self, linear: int, write: bool) -> int:
+        entry = _u64.unpack_from(self._view, self.place((self.cr3 & 0xFFFFFFE0) + (linear >> 30) * 8))[0]
+        if not entry & 1:
+            raise NotMapped(f"linear address {linear:#x}")
+        at = self.place((entry & 0xFFFFFF000) + (linear >> 21 & 0x1FF) * 8)
+        entry = _u64.unpack_from(self._view, at)[0]
+        if not entry & 1:
+            raise NotMapped(f"linear address {linear:#x}")
+        if entry & 0x80:
+            self._mark(at, entry, write)
+            return int((entry & 0xFFFE00000) | (linear & 0x1FFFFF))
+        at = self.place((entry & 0xFFFFFF000) + (linear >> 12 & 0x1FF) * 8)
+        entry = _u64.unpack_from(self._view, at)[0]
+        if not entry & 1 or (write and not entry & 2):
+            raise NotMapped(f"linear address {linear:#x}")
+        self._mark(at, entry, write)
+        return int((entry & 0xFFFFFF000) | (linear & 0xFFF))
+
+    def _mark(self, at: int, entry: int, write: bool) -> None:
+        """Set accessed (and dirty) bits, as the processor's own walk does."""
+        wanted = 0x60 if write else 0x20
+        if entry & wanted != wanted:
+            self._view[at] = (entry | wanted) & 0xFF
+
+    def read(self, linear: int, length: int) -> bytes:
+        """Bytes at a linear address."""
+        data = b""
+        while length:
+            n = min(length, 4096 - (linear & 0xFFF))
+            at = self.place(self.physical(linear))
+            data += bytes(self._view[at : at + n])
+            linear += n
+            length -= n
+        return data
+
+    def write(self, linear: int, data: bytes) -> None:
+        """Store bytes at a linear address: all of them or, if a page is not there, none."""
+        n = 4096 - (linear & 0xFFF)
+        if len(data) <= n:
+            at = self.place(self.physical(linear, write=True))
+            self._view[at : at + len(data)] = data
+            return
+        places = [(linear, data[:n])] + [(linear + i, data[i : i + 4096]) for i in range(n, len(data), 4096)]
+        for address, part in [(self.place(self.physical(a, write=True)), p) for a, p in places]:
+            self._view[address : address + len(part)] = part

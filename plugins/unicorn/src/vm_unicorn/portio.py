@@ -2,23 +2,36 @@
 
 The engine calls a hook for every item of a string instruction. Where the port's handler takes blocks, the hook for the
 first item moves all the items that lie in the same page at once, and leaves ECX, EDI or ESI as if the loop had come
-that far; the engine then finishes the last step itself. So a sector read by programmed I/O is one call.
+that far; the engine then finishes the last step itself. So a sector read by programmed I/O is one call or two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
-from vm_core.machine.memory import PAGE, DmaError, GuestMemory
+from vm_core.machine.accel import AccelMachine
+from vm_core.machine.memory import PAGE
 
 from .engine import IN_CALLBACK, OUT_CALLBACK, Engine, RegisterBatch
-from .paging import PageWalker
-from .state import HF_CS32, CpuMemory
+from .paging import LinearMemory, NotMapped
+from .state import DF, HF_CS32, CpuRecord
 
 _ONES = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFFFFFF}
-_DIRECTION = 0x400
 _SEGMENT_PREFIXES = {0x26: "es", 0x2E: "cs", 0x36: "ss", 0x3E: "ds", 0x64: "fs", 0x65: "gs"}
+_INS, _OUTS = (0x6C, 0x6D), (0x6E, 0x6F)
+
+
+class _String(NamedTuple):
+    """The items of a REP INS or OUTS that can be moved at once."""
+
+    items: int
+    #: Of the memory, in the guest's RAM buffer, and physical.
+    place: int
+    physical: int
+    #: The registers' values when all but the last step are done.
+    counter: int
+    pointer: int
 
 
 class PortIo:
@@ -27,25 +40,27 @@ class PortIo:
     def __init__(
         self,
         engine: Engine,
-        machine: Any,
-        cpu: CpuMemory,
-        walker: PageWalker,
-        dirty: Callable[[int, int], None],
+        machine: AccelMachine,
+        cpu: CpuRecord,
+        linear: LinearMemory,
+        written: Callable[[int, int], None],
         failed: Callable[[BaseException], None],
     ) -> None:
-        """*dirty* is told physical ranges that were written; *failed* what a device's handler raised."""
-        self._machine = machine
+        """*written* is told physical ranges that were stored to; *failed* what a device's handler raised."""
         self._cpu = cpu
-        self._walker = walker
-        self._memory: GuestMemory = machine.memory
-        self._dirty = dirty
-        self._tables = RegisterBatch(engine, ("cr0", "cr3", "cr4", "eflags"))
+        self._linear = linear
+        self._buffer = memoryview(machine.memory.buffer)
+        self._written = written
+        self._ports = ports = machine.ports
         self._in_step = RegisterBatch(engine, ("ecx", "edi"))
         self._out_step = RegisterBatch(engine, ("ecx", "esi"))
-        ports, lock = machine.ports, machine.lock
-        find = ports.find
-        #: Whether handlers of a type take blocks.
-        takes: dict[type, tuple[bool, bool]] = {}
+        lock, find = machine.lock, ports.find
+        #: Whether the handlers of a type take blocks: (in, out).
+        blocks: dict[type, tuple[bool, bool]] = {}
+
+        def takes(kind: type) -> tuple[bool, bool]:
+            known = blocks[kind] = (hasattr(kind, "read_block"), hasattr(kind, "write_block"))
+            return known
 
         def port_in(_engine: int, port: int, size: int, _user: int) -> int:
             try:
@@ -55,12 +70,9 @@ class PortIo:
                         return _ONES[size]
                     handler = found.handler
                     kind = type(handler)
-                    blocks = takes.get(kind)
-                    if blocks is None:
-                        blocks = takes[kind] = (hasattr(handler, "read_block"), hasattr(handler, "write_block"))
-                    if blocks[0]:
+                    if (blocks.get(kind) or takes(kind))[0]:
                         return self._block_in(port, size)
-                    return int(handler.read(port - found.start, size)) & _ONES[size]
+                    return handler.read(port - found.start, size) & _ONES[size]
             except BaseException as error:
                 failed(error)
                 return _ONES[size]
@@ -73,113 +85,76 @@ class PortIo:
                         return
                     handler = found.handler
                     kind = type(handler)
-                    blocks = takes.get(kind)
-                    if blocks is None:
-                        blocks = takes[kind] = (hasattr(handler, "read_block"), hasattr(handler, "write_block"))
-                    if blocks[1]:
+                    if (blocks.get(kind) or takes(kind))[1]:
                         self._block_out(port, size, value & _ONES[size])
                     else:
                         handler.write(port - found.start, size, value & _ONES[size])
             except BaseException as error:
                 failed(error)
 
-        self.callbacks = (IN_CALLBACK(port_in), OUT_CALLBACK(port_out))
+        self.callback_in = IN_CALLBACK(port_in)
+        self.callback_out = OUT_CALLBACK(port_out)
 
-    # String instructions.
-
-    def _decode(self, opcodes: tuple[int, int]) -> tuple[int, str] | None:
-        """At a REP INS or OUTS (one of *opcodes*): its address mask and source segment. None for anything else."""
-        cr0, cr3, cr4, flags = self._tables.read()
-        if flags & _DIRECTION:
+    def _string(self, opcodes: tuple[int, int], step: RegisterBatch, size: int) -> _String | None:
+        """Look at the instruction that does the access: is it a REP INS or OUTS with two items or more in this page?"""
+        cpu, linear = self._cpu, self._linear
+        cpu.load()
+        if cpu.eflags & DF:
             return None
-        _, base = self._cpu.segment("cs")
-        linear = (base + self._cpu.eip()) & 0xFFFFFFFF
-        found = self._walker.walk(linear, cr0, cr3, cr4)
-        if found is None:
-            return None
+        linear.cr0, linear.cr3, linear.cr4 = cpu.control(0), cpu.control(3), cpu.control(4)
+        at = (cpu.base("cs") + cpu.eip) & 0xFFFFFFFF
         try:
             # An instruction that goes on in the next page is left to the engine.
-            code = bytes(self._memory.view(found.physical, min(15, PAGE - (linear & (PAGE - 1)))))
-        except DmaError:
-            code = self._rom_bytes(found.physical)
-        wide = bool(self._cpu.hidden_flags() & HF_CS32)
-        repeated, segment = False, "ds"
-        for byte in code:
-            if byte in (0xF2, 0xF3):
-                repeated = True
-            elif byte == 0x67:
-                wide = not wide
-            elif byte in _SEGMENT_PREFIXES:
-                segment = _SEGMENT_PREFIXES[byte]
-            elif byte in (0x66, 0xF0):
-                pass
-            elif byte in opcodes and repeated:
-                return (0xFFFFFFFF if wide else 0xFFFF), segment
-            else:
+            code = linear.read(at, min(8, PAGE - at % PAGE))
+            repeated, wide, segment = False, bool(cpu.hidden & HF_CS32), "ds"
+            for byte in code:
+                if byte in (0xF2, 0xF3):
+                    repeated = True
+                elif byte == 0x67:
+                    wide = not wide
+                elif byte in _SEGMENT_PREFIXES:
+                    segment = _SEGMENT_PREFIXES[byte]
+                elif byte != 0x66:
+                    break
+            if not repeated or byte not in opcodes:
                 return None
-        return None
-
-    def _rom_bytes(self, physical: int) -> bytes:
-        """Code bytes outside RAM."""
-        found = self._memory.find(physical)
-        if found is None or found.region.handler is not None:
-            return b""
-        at = found.region.backing + found.offset + physical - found.start
-        return bytes(self._memory.buffer[at : at + min(15, found.start + found.size - physical)])
-
-    def _span(self, segment: str, pointer: int, counter: int, size: int, mask: int, write: bool) -> tuple[int, int]:
-        """The physical address of the current item, and how many items from there lie in the same page."""
-        cr0, cr3, cr4, _ = self._tables.read()
-        offset = pointer & mask
-        _, base = self._cpu.segment(segment)
-        linear = (base + offset) & 0xFFFFFFFF
-        count = min(counter & mask, (PAGE - (linear & (PAGE - 1))) // size, (mask + 1 - offset) // size)
-        if count < 2:
-            return 0, 0
-        found = self._walker.walk(linear, cr0, cr3, cr4, access=True, write=write)
-        return (found.physical, count) if found is not None else (0, 0)
+            inward = opcodes is _INS
+            mask = 0xFFFFFFFF if wide else 0xFFFF
+            counter, pointer = step.read()
+            offset = pointer & mask
+            memory = (cpu.base("es" if inward else segment) + offset) & 0xFFFFFFFF
+            count = min(counter & mask, (PAGE - memory % PAGE) // size, (mask + 1 - offset) // size)
+            if count < 2:
+                return None
+            physical = linear.physical(memory, write=inward)
+            place = linear.place(physical)
+        except NotMapped:
+            return None
+        done = count - 1
+        return _String(
+            count,
+            place,
+            physical,
+            counter & ~mask | (counter - done) & mask,
+            pointer & ~mask | (pointer + done * size) & mask,
+        )
 
     def _block_in(self, port: int, size: int) -> int:
-        ports = self._machine.ports
-        string = self._decode((0x6C, 0x6D))
+        string = self._string(_INS, self._in_step, size)
         if string is None:
-            return int(ports.read(port, size)) & _ONES[size]
-        mask, _ = string
-        counter, pointer = self._in_step.read()
-        physical, count = self._span("es", pointer, counter, size, mask, True)
-        if count < 2:
-            return int(ports.read(port, size)) & _ONES[size]
-        try:
-            view = self._memory.view(physical, count * size)
-        except DmaError:
-            return int(ports.read(port, size)) & _ONES[size]
-        view[:] = ports.read_block(port, size, count)
-        self._dirty(physical, count * size)
-        self._in_step.write(
-            *((counter & ~mask) | ((counter - count + 1) & mask), (pointer & ~mask) | ((pointer + (count - 1) * size) & mask))
-        )
-        # The engine stores this item at the address it had computed before the hook: the first one's.
-        return int.from_bytes(view[:size], "little")
+            return self._ports.read(port, size) & _ONES[size]
+        data = self._ports.read_block(port, size, string.items)
+        self._buffer[string.place : string.place + len(data)] = data
+        self._written(string.physical, len(data))
+        self._in_step.write(string.counter, string.pointer)
+        # The engine stores this item where the instruction pointed before the hook: it is the first one.
+        return int.from_bytes(data[:size], "little")
 
     def _block_out(self, port: int, size: int, value: int) -> None:
-        ports = self._machine.ports
-        string = self._decode((0x6E, 0x6F))
+        string = self._string(_OUTS, self._out_step, size)
         if string is None:
-            ports.write(port, size, value)
+            self._ports.write(port, size, value)
             return
-        mask, segment = string
-        counter, pointer = self._out_step.read()
-        physical, count = self._span(segment, pointer, counter, size, mask, False)
-        try:
-            view = self._memory.view(physical, count * size) if count >= 2 else None
-        except DmaError:
-            view = None
-        if view is None:
-            ports.write(port, size, value)
-            return
-        ports.write_block(port, size, bytes(view))
-        self._out_step.write(
-            *((counter & ~mask) | ((counter - count + 1) & mask), (pointer & ~mask) | ((pointer + (count - 1) * size) & mask))
-        )
-
-
+        data = bytes(self._buffer[string.place : string.place + string.items * size])
+        self._ports.write_block(port, size, data)
+        self._out_step.write(string.counter, string.pointer)

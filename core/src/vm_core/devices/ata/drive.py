@@ -163,13 +163,15 @@ class Drive(ABC):
         self._resume: Callable[[int], None] = self._no_result
         self._outstanding = 0
         self._failure = 0
+        self._finished = False
+        self._running = False
         self._dma_busy = False
         self._resetting = False
         self._reset_held = False
         self._keep_device = 0
         self._sleeping = False
-        #: The reset of the command "revert to power-on defaults" is wanted (SET FEATURES 0xCC).
-        self.revert_on_reset = True
+        #: A software reset brings the settings of power-on back (SET FEATURES 0xCC; 0x66 keeps them).
+        self.revert_on_reset = False
         self.power_on()
 
     def _nothing(self) -> None:
@@ -189,13 +191,16 @@ class Drive(ABC):
         self._dma_busy = False
         self._resetting = self._reset_held = False
         self._keep_device = 0
-        self.revert_on_reset = True
+        self.revert_on_reset = False
         self.restore_defaults()
         self._present_signature()
 
     @abstractmethod
     def restore_defaults(self) -> None:
-        """Back to the settings of power-on: transfer mode, caches, features."""
+        """Back to the settings of power-on: transfer mode, features.
+
+        The write cache is not among them: the storage has it, and what a guest made stable must stay so.
+        """
 
     def reset_begin(self) -> None:
         """SRST is set: BSY until :meth:`reset_end` and until storage has finished what it was given."""
@@ -220,11 +225,7 @@ class Drive(ABC):
             self._resetting = False
             if self.revert_on_reset:
                 self.restore_defaults()
-            self.after_reset()
             self._present_signature()
-
-    def after_reset(self) -> None:
-        """A software reset: what goes back even where settings are kept."""
 
     def _present_signature(self) -> None:
         self._sleeping = False
@@ -265,6 +266,7 @@ class Drive(ABC):
 
     def succeed(self, *, interrupt: bool = True) -> None:
         """The command has completed."""
+        self._release_memory()
         self.phase = Phase.IDLE
         self.status = READY
         self.error = 0
@@ -273,6 +275,7 @@ class Drive(ABC):
 
     def fail(self, error: int) -> None:
         """The command has failed with the error register at *error*."""
+        self._release_memory()
         self._forget()
         self.phase = Phase.IDLE
         self.status = READY | ERR
@@ -423,7 +426,17 @@ class Drive(ABC):
             self._release_memory()
             self._finish_reset()
             return
-        self._resume(self._failure)
+        self._finished = True
+        if self._running:
+            return
+        # Storage that completes within submit() must not make the stack grow with the length of a command.
+        self._running = True
+        try:
+            while self._finished:
+                self._finished = False
+                self._resume(self._failure)
+        finally:
+            self._running = False
 
     def _release_memory(self) -> None:
         """The command's use of guest memory is over."""

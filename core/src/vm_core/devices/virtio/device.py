@@ -286,10 +286,7 @@ class VirtioDevice(ABC):
             return
         for queue in self.queues:
             if queue.resetting and not (wait and queue.inflight):
-                vector = queue.vector
                 queue.clear()
-                # The vector is no part of what the reset of a queue forgets (2.6.1).
-                queue.vector = vector
         self._reset_due = any(q.resetting for q in self.queues)
 
     # Queues.

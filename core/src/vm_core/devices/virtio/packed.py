@@ -121,7 +121,7 @@ class PackedRing(Ring):
             if written:
                 flags |= WRITE
             desc[2 * slot + 1] = written | chain.id << 32 | flags << 48
-            # Used entries are one descriptor each; the rest of the chain is skipped (2.8.3).
+            # Used entries are one descriptor each; the rest of the chain is skipped (2.8.6).
             position += chain.slots
         self._next_used = position
         self._slots -= position - old

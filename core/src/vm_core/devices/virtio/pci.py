@@ -150,6 +150,7 @@ class VirtioPci(PciDevice):
             self.device_id, self.subsystem_id, self.revision = MODERN_IDS + virtio.type_id, MODERN_SUBSYSTEM, 1
         super().realize(machine, bus, address)
         self.ram = GuestRam.of(machine.memory)
+        self._unsubscribe = machine.events.subscribe(self._machine_event)
         vectors = len(virtio.queues) + 1 if self._vectors == AUTO_VECTORS else self._vectors
         if vectors:
             self.add_msix(vectors, MSIX_BAR, 0, max(0x800, (16 * vectors + 7) & ~7))
@@ -166,6 +167,7 @@ class VirtioPci(PciDevice):
         self._unbind_kicks(None)
         super().unrealize()
         self.ram.close()
+        self._unsubscribe()
 
     def reset(self) -> None:
         self.virtio.reset_now()
@@ -187,7 +189,19 @@ class VirtioPci(PciDevice):
         self.machine.iothread.call_soon(function)
 
     def can_dma(self) -> bool:
-        return bool(self.config[COMMAND] & COMMAND_MASTER)
+        # A machine that stops waits until nothing is in flight: a ring that is fed by what it reads would keep it
+        # waiting for ever.
+        return bool(self.config[COMMAND] & COMMAND_MASTER) and not self.machine.must_return()
+
+    def _machine_event(self, name: str, data: dict[str, Any]) -> None:
+        if name == "RESUME":
+            self.call_soon(self._kick_all)
+
+    def _kick_all(self) -> None:
+        """Look for kicks that came at a time when nothing could be done about them."""
+        with self.lock:
+            for queue in self.virtio.queues:
+                self.virtio.kick(queue)
 
     def notify_queue(self, queue: Virtqueue) -> None:
         if self.msix_enabled:
@@ -233,9 +247,7 @@ class VirtioPci(PciDevice):
         was_master = self.can_dma()
         super().write_config(offset, size, value)
         if not was_master and self.can_dma():
-            # Kicks that came too early.
-            for queue in self.virtio.queues:
-                self.virtio.kick(queue)
+            self._kick_all()
         window = self._config_window
         if window is not None and window + 16 < offset + size and offset < window + 20:
             self._through_window(write=True)

@@ -1,0 +1,487 @@
+"""The driver: one open QCOW2 image.
+
+Reading: guest offset → L1 entry → L2 entry → host offset, in runs (``entries.py``). Writing: clusters are taken, the
+core fills them, and only then they are entered into L2 tables (:meth:`Qcow2.commit`). All of it happens in memory; when
+what reaches the disk is the business of ``order.py``.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vm_core.block.format import BackingReference, Format
+from vm_core.block.mapping import Allocation, Kind, Mapping
+from vm_core.block.node import Node
+from vm_core.errors import ImageError, UsageError
+
+from . import extensions, features, geometry
+from .allocator import Allocator
+from .compression import TYPES, DecompressError, decoder
+from .entries import BadEntryError, Run, State, make_run, run_length, runs
+from .header import Header, human, read_header
+from .order import Order
+from .overlap import MetadataMap
+from .refcounts import Refcounts
+from .snapshots import Snapshot, read_snapshots
+from .store import Store
+from .tables import L2Table, Tables
+
+if TYPE_CHECKING:
+    from vm_core.block.open import OpenContext
+
+L2_CACHE_BYTES = 32 << 20
+REFCOUNT_CACHE_BYTES = 4 << 20
+
+#: Incompatible features that are understood.
+SUPPORTED = features.DIRTY | features.CORRUPT | features.COMPRESSION_TYPE
+
+#: What each state is to the core.
+_KINDS = {
+    State.UNALLOCATED: Kind.UNALLOCATED,
+    State.ZERO: Kind.ZERO,
+    State.ZERO_ALLOCATED: Kind.ZERO,
+    State.DATA: Kind.DATA,
+    State.COMPRESSED: Kind.SPECIAL,
+}
+
+
+class Qcow2(Format):
+    """One open image."""
+
+    def __init__(
+        self,
+        file: Node,
+        name: str,
+        *,
+        readonly: bool,
+        lazy: bool | None = None,
+        l2_cache: int = L2_CACHE_BYTES,
+        refcount_cache: int = REFCOUNT_CACHE_BYTES,
+        pass_discard: bool = True,
+    ) -> None:
+        """Read and check the metadata; for writing also repair what a crash left. Raises ImageError."""
+        header = read_header(file, name)
+        self.file = file
+        self.readonly = readonly
+        self.header = header
+        self.extensions = extensions.read_extensions(file, header, name)
+        _check_features(header, self.extensions, name)
+        if header.incompatible_features & features.CORRUPT and not readonly:
+            raise ImageError(name, "the image is marked as corrupt: it can only be opened read-only, or repaired")
+        self.backing_reference = _backing_reference(file, header, self.extensions)
+        self.store = store = Store(file, header, name)
+        self.geometry = store.geometry
+        self.cluster_size = store.geometry.cluster_size
+        self._cluster_bits = store.geometry.cluster_bits
+        self._l2_bits = store.geometry.l2_bits
+        self._l2_mask = store.geometry.l2_entries - 1
+        self._decode = decoder(header.compression_type)
+        self.metadata = MetadataMap(store)
+        self.refcounts = Refcounts(store, refcount_cache)
+        self.snapshots, self._snapshot_table_length = read_snapshots(store)
+        self.allocator = Allocator(store, self.refcounts, self.metadata)
+        self.tables = Tables(store, self.allocator, l2_cache)
+        self._register_tables()
+        if lazy is None:
+            lazy = bool(header.compatible_features & features.LAZY_REFCOUNTS)
+        if lazy and header.version < 3:
+            raise UsageError("lazy-refcounts=on needs an image of version 3 (compat=1.1)")
+        self.order = Order(store, self.tables, self.refcounts, self.allocator, lazy=lazy)
+        self.order.pass_discard = pass_discard
+        #: Host offsets below this are known to lie in the file.
+        self._known_end = file.size
+        if not readonly:
+            self._prepare_writing()
+
+    @classmethod
+    def open(cls, file: Node, options: dict[str, Any], context: OpenContext) -> Qcow2:
+        return cls(
+            file,
+            context.filename or file.filename,
+            readonly=context.readonly,
+            lazy=options.pop("lazy-refcounts", None),
+            l2_cache=options.pop("l2-cache-size", None) or L2_CACHE_BYTES,
+            refcount_cache=options.pop("refcount-cache-size", None) or REFCOUNT_CACHE_BYTES,
+            pass_discard=options.pop("pass-discard-request", True),
+        )
+
+    def _register_tables(self) -> None:
+        """Tell the overlap check where tables are; two in one place are refused."""
+        header, metadata = self.header, self.metadata
+        table = "refcount table"
+        metadata.register(header.refcount_table_offset, len(self.refcounts.table) * 8, table)
+        metadata.register(header.l1_table_offset, header.l1_size * 8, "active L1 table")
+        metadata.register(header.snapshots_offset, self._snapshot_table_length, "snapshot table")
+        if self.readonly:
+            return
+        for one in self.snapshots:
+            metadata.register(one.head.l1_table_offset, one.head.l1_size * 8, "L1 table of a snapshot")
+        for index, entry in enumerate(self.refcounts.table):
+            if entry & 511 or entry & self.cluster_size - 1:
+                raise self.store.error(f"refcount table entry {index} ({entry:#x}) is not aligned to clusters")
+        metadata.register_tables((entry | geometry.COPIED for entry in self.refcounts.table if entry), "refcount block")
+        metadata.register_tables(self.tables.l1, "active L2 table")
+
+    def _prepare_writing(self) -> None:
+        header, store = self.header, self.store
+        if header.autoclear_features:
+            # None of these features is kept up to date here, so their data is not valid from now on.
+            header.autoclear_features = 0
+            store.write_header("autoclear_features")
+            store.barrier()
+        if header.incompatible_features & features.DIRTY:
+            from .check import check
+
+            check(self, repair="all")
+            store.set_dirty(False)
+            store.barrier()
+
+    # What it is
+
+    @property
+    def size(self) -> int:
+        return self.header.size
+
+    def info(self) -> dict[str, Any]:
+        header = self.header
+        data: dict[str, Any] = {
+            "compat": "1.1" if header.version == 3 else "0.10",
+            "compression-type": TYPES[header.compression_type],
+            "refcount-bits": self.geometry.refcount_bits,
+        }
+        if header.version == 3:
+            data["lazy-refcounts"] = bool(header.compatible_features & features.LAZY_REFCOUNTS)
+            data["corrupt"] = bool(header.incompatible_features & features.CORRUPT)
+            data["extended-l2"] = False
+        return data
+
+    def snapshot_list(self) -> Sequence[Snapshot]:
+        """The internal snapshots, in the order of their table."""
+        return self.snapshots
+
+    # Reading
+
+    def map(self, offset: int, length: int) -> Sequence[Mapping]:
+        bits = self._cluster_bits
+        end = offset + length
+        found: list[Mapping] = []
+        cluster = offset >> bits
+        stop = (end - 1 >> bits) + 1
+        while cluster < stop:
+            l1_index = cluster >> self._l2_bits
+            table = self.tables.get(l1_index)
+            if table is None:
+                empty = run_length(self.tables.l1, l1_index, (stop - 1 >> self._l2_bits) + 1, 0)
+                after = min(l1_index + empty << self._l2_bits, stop)
+                self._append(found, Kind.UNALLOCATED, cluster, after, -1, False, None, offset, end)
+                cluster = after
+                continue
+            base = l1_index << self._l2_bits
+            last = min(stop - base, self._l2_mask + 1)
+            try:
+                for run in runs(table.entries, cluster - base, last, self.geometry):
+                    first = base + run.at
+                    self._append_run(found, run, first, offset, end)
+            except BadEntryError as error:
+                raise self._bad_entry(l1_index, error) from None
+            cluster = base + last
+        return found
+
+    def _append_run(self, found: list[Mapping], run: Run, first: int, offset: int, end: int) -> None:
+        state = run.state
+        host, writable, token = -1, False, None
+        if run.host:
+            host = run.host
+            if state is State.DATA:
+                self._check_data(host, run.clusters)
+                writable = (
+                    run.copied
+                    and not self.readonly
+                    and not self.store.corrupt
+                    and self.metadata.find(host >> self._cluster_bits, run.clusters) is None
+                )
+        elif state is State.COMPRESSED:
+            token = run.entry
+        self._append(found, _KINDS[state], first, first + run.clusters, host, writable, token, offset, end)
+
+    def _append(
+        self,
+        found: list[Mapping],
+        kind: Kind,
+        first: int,
+        after: int,
+        host: int,
+        writable: bool,
+        token: Any,
+        offset: int,
+        end: int,
+    ) -> None:
+        """Add the clusters from *first* to below *after*, cut to the request, to the run before where they go on."""
+        start = first << self._cluster_bits
+        stop = min(after << self._cluster_bits, end)
+        if start < offset:
+            if host >= 0:
+                host += offset - start
+            start = offset
+        if found and token is None:
+            last = found[-1]
+            if (
+                last.kind is kind
+                and last.writable == writable
+                and (last.host + last.length == host if host >= 0 else last.host < 0)
+            ):
+                found[-1] = last._replace(length=last.length + stop - start)
+                return
+        storage = self.file if host >= 0 else None
+        found.append(Mapping(kind, start, stop - start, storage, host, writable, token))
+
+    def _check_data(self, host: int, count: int) -> None:
+        """Raise ImageError unless every one of these clusters begins within the file."""
+        last = host + (count - 1 << self._cluster_bits)
+        if last >= self._known_end:
+            self._known_end = max(self.file.size, self._known_end)
+            if last >= self._known_end:
+                raise self.store.error(f"data cluster at {last:#x} lies outside the file ({human(self._known_end)})")
+
+    def _bad_entry(self, l1_index: int, error: BadEntryError) -> ImageError:
+        guest = (l1_index << self._l2_bits) + error.index << self._cluster_bits
+        return self.store.error(f"{error} (guest offset {guest:#x})")
+
+    def map_cached(self, offset: int, length: int) -> Sequence[Mapping] | None:
+        shift = self._cluster_bits + self._l2_bits
+        tables = self.tables
+        for index in range(offset >> shift, (offset + length - 1 >> shift) + 1):
+            if tables.cached(index) is None and tables.l1[index]:
+                return None
+        return self.map(offset, length)
+
+    def read_special(self, mapping: Mapping) -> bytes:
+        offset, length = self.geometry.compressed_extent(mapping.token)
+        size = self.file.size
+        if offset >= size:
+            raise self.store.error(f"compressed cluster at {offset:#x} lies outside the file ({human(size)})")
+        try:
+            data = self._decode(self.file.pread(offset, min(length, size - offset)), self.cluster_size)
+        except DecompressError as error:
+            raise self.store.error(f"compressed cluster at {offset:#x} cannot be decompressed: {error}") from None
+        start = mapping.offset & self.cluster_size - 1
+        if start or mapping.length != len(data):
+            return data[start : start + mapping.length]
+        return data
+
+    # Writing
+
+    def allocate(self, offset: int, length: int) -> Sequence[Allocation]:
+        self.store.check_writable()
+        bits = self._cluster_bits
+        end = offset + length
+        found: list[Allocation] = []
+        cluster = offset >> bits
+        stop = (end - 1 >> bits) + 1
+        try:
+            while cluster < stop:
+                self.order.relieve()
+                l1_index = cluster >> self._l2_bits
+                base = l1_index << self._l2_bits
+                last = min(stop - base, self._l2_mask + 1)
+                table = self.tables.writable(l1_index)
+                missing = 0
+                for run in self._runs(table, l1_index, cluster - base, last):
+                    first = base + run.at
+                    if run.copied and run.host:
+                        if missing:
+                            found.append(self._take(first - missing, missing))
+                            missing = 0
+                        self.metadata.check(run.host >> bits, run.clusters)
+                        start, stop_at = first << bits, first + run.clusters << bits
+                        if run.state is State.DATA:
+                            begin = max(start, offset)
+                            found.append(
+                                Allocation(begin, min(stop_at, end) - begin, self.file, run.host + begin - start, False)
+                            )
+                        else:
+                            found.append(Allocation(start, stop_at - start, self.file, run.host, True))
+                    else:
+                        missing += run.clusters
+                if missing:
+                    found.append(self._take(base + last - missing, missing))
+                cluster = base + last
+        except BaseException:
+            self.abort([one for one in found if one.fresh])
+            raise
+        return found
+
+    def _take(self, first: int, count: int) -> Allocation:
+        """Host clusters in a row for *count* guest clusters."""
+        bits = self._cluster_bits
+        fresh_from = self.allocator.fresh_from
+        host = self.allocator.allocate(count)
+        return Allocation(first << bits, count << bits, self.file, host << bits, True, host >= fresh_from)
+
+    def _runs(self, table: L2Table, l1_index: int, start: int, stop: int) -> list[Run]:
+        """The runs of entries that are about to be changed; damage marks the image as corrupt."""
+        try:
+            return list(runs(table.entries, start, stop, self.geometry))
+        except BadEntryError as error:
+            raise self.store.mark_corrupt(self._bad_entry(l1_index, error).reason) from None
+
+    def commit(self, allocations: Sequence[Allocation]) -> None:
+        bits = self._cluster_bits
+        for one in allocations:
+            # An allocation lies under one L2 table.
+            first = one.offset >> bits
+            count = one.length >> bits
+            l1_index, index = first >> self._l2_bits, first & self._l2_mask
+            table = self.tables.writable(l1_index)
+            for run in self._runs(table, l1_index, index, index + count):
+                host = one.host + (run.at - index << bits)
+                if run.host != host:
+                    self._free(run)
+            table.entries[index : index + count] = make_run(one.host, count, self.cluster_size)
+            table.touch(index, index + count)
+
+    def abort(self, allocations: Sequence[Allocation]) -> None:
+        bits = self._cluster_bits
+        for one in allocations:
+            first = one.offset >> bits
+            count = one.length >> bits
+            table = self.tables.get(first >> self._l2_bits)
+            entry = table.entries[first & self._l2_mask] if table is not None else 0
+            if entry & geometry.COMPRESSED or entry & geometry.OFFSET_MASK != one.host:
+                self.allocator.cancel(one.host >> bits, count)
+
+    def _free(self, run: Run, *, requested: bool = False) -> None:
+        """The entries of *run* are about to be overwritten: give back what they point at."""
+        if run.state is State.COMPRESSED:
+            self.allocator.free_extent(*self.geometry.compressed_extent(run.entry), requested=requested)
+        elif run.host:
+            self.allocator.free(run.host >> self._cluster_bits, run.clusters, requested=requested)
+
+    def zero(self, offset: int, length: int, *, unmap: bool) -> bool:
+        if self.geometry.version < 3:
+            return False
+        self.store.check_writable()
+        for table, l1_index, start, stop in self._whole_clusters(offset, length, create=True):
+            assert table is not None
+            for run in self._runs(table, l1_index, start, stop):
+                if run.state is State.ZERO or (run.state is State.ZERO_ALLOCATED and not unmap):
+                    continue
+                if run.state is State.DATA and not unmap:
+                    values = array("Q", [entry | geometry.ZERO for entry in _slice(table, run)])
+                else:
+                    self._free(run, requested=unmap)
+                    values = array("Q", (geometry.ZERO,)) * run.clusters
+                table.entries[run.at : run.at + run.clusters] = values
+                table.touch(run.at, run.at + run.clusters)
+        return True
+
+    def discard(self, offset: int, length: int) -> None:
+        self.store.check_writable()
+        has_backing = self.backing_reference is not None
+        if has_backing and self.geometry.version < 3:
+            # Version 2 cannot hide the backing image's bytes.
+            return
+        zero = geometry.ZERO if self.geometry.version >= 3 else 0
+        self._drop(offset, length, zero, unallocated_too=has_backing)
+
+    def _drop(self, offset: int, length: int, value: int, *, unallocated_too: bool) -> None:
+        """Give back the clusters of a range and make their entries *value*."""
+        for table, l1_index, start, stop in self._whole_clusters(offset, length, create=unallocated_too):
+            if table is None:
+                continue
+            for run in self._runs(table, l1_index, start, stop):
+                if run.state is State.UNALLOCATED and not unallocated_too:
+                    continue
+                if run.state is State.ZERO and value:
+                    continue
+                target = self.tables.writable(l1_index)
+                self._free(run, requested=True)
+                target.entries[run.at : run.at + run.clusters] = array("Q", (value,)) * run.clusters
+                target.touch(run.at, run.at + run.clusters)
+
+    def _whole_clusters(
+        self, offset: int, length: int, *, create: bool
+    ) -> Iterable[tuple[L2Table | None, int, int, int]]:
+        """L2 tables of a range: table, its number, and the part of its entries.
+
+        With *create* the tables may be changed; else they are as they are, None where there is none.
+        """
+        cluster = offset >> self._cluster_bits
+        stop = -(-(offset + length) >> self._cluster_bits)
+        while cluster < stop:
+            self.order.relieve()
+            l1_index = cluster >> self._l2_bits
+            base = l1_index << self._l2_bits
+            last = min(stop - base, self._l2_mask + 1)
+            table = self.tables.writable(l1_index) if create else self.tables.get(l1_index)
+            if table is None:
+                # Pass over all that is empty.
+                l1_stop = (stop - 1 >> self._l2_bits) + 1
+                empty = run_length(self.tables.l1, l1_index, l1_stop, 0)
+                cluster = min(l1_index + empty << self._l2_bits, stop)
+                continue
+            yield table, l1_index, cluster - base, last
+            cluster = base + last
+
+    def flush(self) -> None:
+        if self.readonly:
+            return
+        self.order.write_back()
+
+    def truncate(self, size: int) -> None:
+        from .resize import resize
+
+        resize(self, size)
+
+    def close(self) -> None:
+        if not self.readonly and not self.store.corrupt:
+            self.order.close()
+
+    def check(self, *, repair: str = "") -> dict[str, Any]:
+        from .check import check
+
+        return check(self, repair=repair)
+
+    @classmethod
+    def create(cls, file: Node, size: int, options: dict[str, Any]) -> None:
+        from .create import create
+
+        create(file, size, options)
+
+
+def _slice(table: L2Table, run: Run) -> array[int]:
+    return table.entries[run.at : run.at + run.clusters]
+
+
+def _check_features(header: Header, found: Sequence[extensions.Extension], name: str) -> None:
+    """Refuse what is not understood, by name."""
+    names = extensions.parse_feature_names(extensions.find(found, extensions.FEATURE_NAME_TABLE))
+    mask = header.incompatible_features
+    unknown = mask & ~SUPPORTED
+    if unknown:
+        raise ImageError(
+            name,
+            f"needs features that are not supported: {features.describe(0, unknown, names)} "
+            f"(supported: {features.describe(0, SUPPORTED, ())})",
+        )
+    if header.compression_type not in TYPES:
+        raise ImageError(
+            name, f"compression type {header.compression_type} is not supported; {', '.join(TYPES.values())} are"
+        )
+    if bool(mask & features.COMPRESSION_TYPE) != bool(header.compression_type):
+        raise ImageError(name, "the compression type and the feature bit for it contradict each other")
+    if header.crypt_method:
+        method = {1: "AES", 2: "LUKS"}.get(header.crypt_method, f"method {header.crypt_method}")
+        raise ImageError(name, f"encrypted images ({method}) are not supported; unencrypted ones are")
+
+
+def _backing_reference(file: Node, header: Header, found: Sequence[extensions.Extension]) -> BackingReference | None:
+    if not header.backing_file_offset or not header.backing_file_size:
+        return None
+    filename = file.pread(header.backing_file_offset, header.backing_file_size)
+    format = extensions.find(found, extensions.BACKING_FORMAT)
+    return BackingReference(
+        filename.decode("utf-8", "surrogateescape"), extensions.string(format) if format is not None else None
+    )

@@ -1,0 +1,103 @@
+"""Changing the virtual size.
+
+The order on disk. Growing: a larger L1 table is stable, then the header points at it, then the old one is given back;
+what earlier, interrupted shrinking left beyond the old end is dropped; last the header says the new size. Shrinking:
+the header says the new size first, then what lies beyond is dropped.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING
+
+from vm_core.errors import UsageError
+
+from .geometry import MAX_L1_BYTES
+
+if TYPE_CHECKING:
+    from .image import Qcow2
+
+
+def resize(image: Qcow2, size: int) -> None:
+    """Make *image* *size* bytes long. Raises UsageError where the format cannot."""
+    store = image.store
+    header = store.header
+    store.check_writable()
+    if size % 512:
+        raise UsageError("the size of a qcow2 image is a multiple of 512 bytes")
+    if size == header.size:
+        return
+    if image.snapshots and store.geometry.version < 3:
+        raise UsageError("an image of version 2 with internal snapshots cannot be resized")
+    if size < header.size:
+        _shrink(image, size)
+        return
+    entries = store.geometry.l1_entries_for(size)
+    if entries * 8 > MAX_L1_BYTES:
+        limit = (MAX_L1_BYTES // 8) << store.geometry.guest_bits
+        raise UsageError(f"with clusters of {image.cluster_size} bytes a qcow2 image has at most {limit} bytes")
+    if entries > len(image.tables.l1):
+        grow_l1(image, entries)
+    _drop_from(image, header.size)
+    image.order.write_back()
+    header.size = size
+    store.write_header("size")
+    store.barrier()
+
+
+def _shrink(image: Qcow2, size: int) -> None:
+    store = image.store
+    store.header.size = size
+    image.order.write_back()
+    store.write_header("size")
+    store.barrier()
+    _drop_from(image, size)
+    image.order.write_back()
+
+
+def _drop_from(image: Qcow2, size: int) -> None:
+    """Give back every cluster wholly beyond *size*, and the L2 tables of which nothing is left."""
+    geometry, tables = image.geometry, image.tables
+    start = -(-size >> geometry.cluster_bits) << geometry.cluster_bits
+    limit = len(tables.l1) << geometry.guest_bits
+    if start >= limit:
+        return
+    image._drop(start, limit - start, 0, unallocated_too=False)
+    for index in range(geometry.l1_entries_for(size), len(tables.l1)):
+        if tables.l1[index]:
+            tables.remove(index)
+
+
+def grow_l1(image: Qcow2, entries: int) -> None:
+    """Move the L1 table to a place with room for *entries*."""
+    store, tables, allocator = image.store, image.tables, image.allocator
+    geometry, header = store.geometry, store.header
+    # What is on disk and what is in memory must agree, so that the new table points at nothing that is not there.
+    image.order.write_back()
+    grown = tables.l1 + array("Q", bytes(8 * (entries - len(tables.l1))))
+    count = -(-entries * 8 >> geometry.cluster_bits)
+    old_offset, old_size = header.l1_table_offset, header.l1_size
+    first = allocator.allocate_metadata(count, "active L1 table")
+    try:
+        offset = first << geometry.cluster_bits
+        store.file.event("l1_grow_write_table")
+        store.write_words(offset, grown)
+        # Its last cluster must be whole in the file.
+        image.refcounts.settle()
+        store.barrier()
+    except BaseException:
+        image.metadata.remove(first, count)
+        allocator.cancel(first, count)
+        raise
+    if image.order.lazy:
+        store.set_dirty(True)
+        store.barrier()
+    header.l1_table_offset, header.l1_size = offset, entries
+    store.file.event("l1_grow_activate_table")
+    store.write_header("l1_size", "l1_table_offset")
+    store.barrier()
+    tables.l1 = grown
+    if old_size:
+        old_count = -(-old_size * 8 >> geometry.cluster_bits)
+        image.metadata.remove(old_offset >> geometry.cluster_bits, old_count)
+        allocator.free(old_offset >> geometry.cluster_bits, old_count)
