@@ -37,8 +37,8 @@ class Load:
         self.backend = BlockBackend(open_node(path, readonly=True, cache=mode, format="raw"), cache=mode)
         self.machine = FakeMachine(RAM)
         device = VirtioBlkPci("disk", {"packed": packed}, self.backend)
-        device.realize(self.machine, self.machine.pci, "4.0")
         self.machine.attach_backend(self.backend)
+        device.realize(self.machine, self.machine.pci, "4.0")
         self.pci = ModernPci(PciAccess(self.machine, 4), Heap(1 << 20, RAM))
         self.pci.start()
         self.ring = self.pci.rings[0]

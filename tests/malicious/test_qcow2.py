@@ -191,7 +191,7 @@ def test_backing_outside_is_refused_with_the_way_to_allow_it(tmp_path: Path, tar
     code, out, err, *_ = probe(path, "r")
     assert (code, err) == (1, "")
     assert len(out.splitlines()) == 1
-    assert "trust" in out.lower()
+    assert "--trust" in out or "backing=follow" in out
 
 
 def test_symbolic_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_symbolic_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     run(qemu_img, "rebase", "-u", "-F", "raw", "-b", "base", path)
     code, out, err, *_ = probe(path, "r")
     assert (code, err) == (1, "")
-    assert "trust" in out.lower()
+    assert "--trust" in out
 
 
 def test_absolute_data_file_is_refused(tmp_path: Path) -> None:

@@ -40,13 +40,12 @@ class Kit(FormatConformance):
 
 
 def broken_flush(self: toy.Toy) -> None:
-    """Writes the table before the data it points to."""
+    """Writes the table and forgets to flush it."""
     for index in sorted(self._dirty):
         self.file.pwrite(toy.SECTOR + index * 8, self._table[index].to_bytes(8, "little"))
     self._dirty.clear()
     self._free.extend(self._released)
     self._released.clear()
-    self.file.flush()
 
 
 def early_reuse(self: toy.Toy, index: int, entry: int) -> None:

@@ -26,10 +26,10 @@ def vm(*words: str, environ: dict[str, str] | None = None, **more: Any) -> subpr
 
 
 def complaint(result: subprocess.CompletedProcess[str]) -> str:
-    """The one line a failed run wrote, without the lines of the plain status."""
+    """The one line a failed run wrote."""
     assert result.returncode == 1, result.stderr
     assert "Traceback" not in result.stderr
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("vm: [")]
+    lines = result.stderr.splitlines()
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("vm: ")
     return lines[0]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from unicorn_guest import FakeMachine
 
 from vm_core.errors import UsageError
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from unicorn_guest import FakeMachine
 
 
 @pytest.fixture(params=["native", "block", "count"])

@@ -8,11 +8,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from vm_unicorn.cpu import UnicornCpu
-
 from vm_core.machine.accel import CpuState, Segment
 from vm_core.machine.memory import PAGE, GuestMemory, Region, RegionKind
 from vm_core.machine.ports import PortSpace
+from vm_unicorn.cpu import UnicornCpu
 
 RAM = 4 << 20
 ROM = 0xF0000

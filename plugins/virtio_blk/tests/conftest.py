@@ -40,8 +40,8 @@ class Rig:
         given = {name.replace("_", "-") if name not in UNDERSCORED else name: v for name, v in options.items()}
         self.device = kind("disk0", given, self.backend)
         assert not given, f"options left over: {given}"
-        self.device.realize(self.board, self.board.pci, f"{SLOT:02x}.0")
         self.board.attach_backend(self.backend)
+        self.device.realize(self.board, self.board.pci, f"{SLOT:02x}.0")
         self.access = PciAccess(self.board, SLOT)
         self.heap = Heap(1 << 20, RAM)
 

@@ -473,7 +473,9 @@ def test_kicks_can_be_eventfds(rig: MakeRig, monkeypatch: pytest.MonkeyPatch) ->
     def unbind(address: int, size: int, fd: int, *, port: bool, value: int | None = None) -> None:
         assert bound.pop((address, port, value)) == fd
 
-    made.board.accel = SimpleNamespace(bind_kick=bind, unbind_kick=unbind, dma_written=lambda ranges: None)
+    made.board.accel = SimpleNamespace(
+        bind_kick=bind, unbind_kick=unbind, dma_written=lambda ranges: None, serve_kicks=False
+    )
     disk = made.modern()
     made.access.set_bar(0, 0xC000)
     made.board.io.run_until_idle()
@@ -504,7 +506,9 @@ def test_kicks_can_be_eventfds(rig: MakeRig, monkeypatch: pytest.MonkeyPatch) ->
 def test_random_accesses_never_break_the_machine(rig: MakeRig, seed: int, packed: bool) -> None:
     """Whatever is written to registers and rings, nothing raises, and after a reset the device works."""
     rng = random.Random(seed)
-    made = rig(64 << 10, packed="on" if packed else "off", num_queues=2, queue_size=16)
+    ioeventfd = rng.choice(["on", "off"])
+    made = rig(64 << 10, packed="on" if packed else "off", num_queues=2, queue_size=16, ioeventfd=ioeventfd)
+    made.backend.immediate = rng.random() < 0.5
     _ = made.modern() if rng.random() < 0.5 else made.legacy()
     device, memory = made.device, made.board.memory
     offsets = {0: range(64), 1: range(0x900), 4: [*range(64), 0x1000, *range(0x2000, 0x2040), 0x3000, 0x3004, 0x3FFC]}

@@ -103,6 +103,23 @@ def test_a_kick_does_no_work_on_the_cpu(started: Started) -> None:
     assert rig.backend.batches == [1]
 
 
+def test_a_kick_can_be_served_where_it_is_made(started: Started) -> None:
+    """With ioeventfd=off the register write pops, submits, and answers what the backend answers at once."""
+    rig, disk = started(ioeventfd="off")
+    rig.backend.data[:512] = b"s" * 512
+    rig.backend.immediate = True
+    sent = [disk.send(disk.IN, 0, length=512), disk.send(disk.GET_ID, length=20)]
+    assert rig.board.irq
+    disk.poll = lambda: None
+    assert disk.wait(sent[0]) == (OK, b"s" * 512)
+    assert disk.wait(sent[1])[0] == OK
+    rig.backend.immediate = False
+    late = disk.send(disk.IN, 0, length=512)
+    assert rig.backend.pending, "what takes time does not hold the register write up"
+    disk.poll = rig.poll
+    assert disk.wait(late)[0] == OK
+
+
 def test_flush_makes_writes_stable(started: Started) -> None:
     """With the write cache on, a write is stable after FLUSH and not before."""
     rig, disk = started()
@@ -292,7 +309,9 @@ def test_any_layout_matches_a_bytearray(
 ) -> None:
     """Random requests, cut at random bytes, in random batches and answered in any order, act like a bytearray."""
     rng = random.Random(seed)
-    made = rig(64 << 10, packed="on" if interface == "packed" else "off", queue_size=32, **options)
+    packed = "on" if interface == "packed" else "off"
+    made = rig(64 << 10, packed=packed, queue_size=32, ioeventfd=rng.choice(["on", "off"]), **options)
+    made.backend.immediate = rng.random() < 0.3
     disk = made.legacy() if interface == "legacy" else made.modern()
     model = bytearray(64 << 10)
     can_indirect = options["indirect_desc"] == "on"

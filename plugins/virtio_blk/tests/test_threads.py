@@ -60,9 +60,10 @@ def boot(tmp_path: Path) -> Iterator[Boot]:
 
 @pytest.mark.parametrize("cache", ["writeback", "none", "writethrough", "directsync", "unsafe"])
 @pytest.mark.parametrize("packed", ["on", "off"])
-def test_a_busy_disk_keeps_its_contents(boot: Boot, tmp_path: Path, cache: str, packed: str) -> None:
+@pytest.mark.parametrize("ioeventfd", ["on", "off"])
+def test_a_busy_disk_keeps_its_contents(boot: Boot, tmp_path: Path, cache: str, packed: str, ioeventfd: str) -> None:
     """Many requests under way over two queues, in every cache mode: what was written is read, and is in the file."""
-    _, _, disk = boot(cache, **{"packed": packed, "num-queues": 2})
+    _, _, disk = boot(cache, **{"packed": packed, "num-queues": 2, "ioeventfd": ioeventfd})
     rng = random.Random(2)
     model = bytearray(SIZE)
     for _ in range(12):

@@ -117,10 +117,12 @@ class Status:
 
 
 class PlainStatus(Status):
-    """A line on standard error for each phase."""
+    """A line on standard error for each phase, from when there is a machine: until then an error is to stand alone."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
+        #: Lines that wait for the machine to be there.
+        self._held: list[str] | None = []
         self._stream = stream
         self._told: set[tuple[str, str, bool]] = set()
 
@@ -140,11 +142,17 @@ class PlainStatus(Status):
         from .picture import drive_layers, plain
 
         super().assembled(assembly)
+        held, self._held = self._held or [], None
+        for line in held:
+            self._write(line)
         self._write(assembly.title)
         for line in plain([drive_layers(drive) for drive in assembly.drives], "  "):
             self._write(line)
 
     def _write(self, text: str) -> None:
+        if self._held is not None:
+            self._held.append(text)
+            return
         try:
             self._stream.write(f"vm: {text}\n")
             self._stream.flush()

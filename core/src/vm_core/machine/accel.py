@@ -149,6 +149,10 @@ class Accelerator(ABC):
     #: The accelerator has interrupt controllers (PIC, I/O APIC, local APIC) and the PIT of its own.
     irqchip: InterruptController | None = None
 
+    #: A request is served soonest by the vCPU's own thread, within the register access that asks for it: passing it to
+    #: another thread costs more than the work. Allows :meth:`dma_written` on that thread, inside a handler.
+    serve_kicks: bool = False
+
     @classmethod
     @abstractmethod
     def availability(cls) -> Availability:

@@ -206,6 +206,14 @@ class Machine:
             if request.done is not None:
                 request.done(request)
 
+    def completed(self, requests: list[Request]) -> None:
+        """The completion sink of every backend, for devices that put one of their own in front of it. Any thread."""
+        self._completed(requests)
+
+    def deliver(self, requests: Sequence[Request]) -> None:
+        """Handle completions on this thread: the I/O thread, or a vCPU's where the accelerator serves kicks."""
+        self._deliver(requests)
+
     def _io_error(self, request: Request, action: str) -> None:
         """A request failed on a backend whose policy is *action* (``report``, ``ignore`` or ``stop``)."""
         if action == "stop":

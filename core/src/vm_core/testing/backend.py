@@ -26,6 +26,8 @@ class MemoryBackend:
         self.log: list[tuple[Op, int, int, bool]] = []
         self.batches: list[int] = []
         self.fail: int | None = None
+        #: Answer before :meth:`submit` returns.
+        self.immediate = False
         #: Positions that cannot be read or written.
         self.bad = range(0)
         self.on_error: list[Callable[[Request, str], None]] = []
@@ -47,6 +49,8 @@ class MemoryBackend:
         self.batches.append(len(requests))
         self.log += [(r.op, r.offset, r.length, r.unmap) for r in requests]
         self.pending += requests
+        if self.immediate:
+            self.run()
 
     def set_completion_sink(self, sink: Callable[[list[Request]], None]) -> None:
         """Give answered batches to *sink*, in place of calling each request's ``done``."""

@@ -187,7 +187,7 @@ class FormatConformance:
             pieces, position = [], 0
             while position < length:
                 step = min(chance.randrange(1, 70_000), length - position)
-                pieces.append(bytearray(step))
+                pieces.append(bytearray(b"\xff" * step))
                 position += step
             node.read(offset, [memoryview(piece) for piece in pieces])
             assert b"".join(pieces) == data[offset : offset + length], f"{length} bytes at {offset}"

@@ -15,7 +15,7 @@ from vm_core.errors import BlockError
 if TYPE_CHECKING:
     from vm_core.block.open import OpenContext
 
-PAGE = 4096
+PAGE = 32768
 
 
 class MemoryNode(Protocol):

@@ -10,7 +10,7 @@ On disk (little-endian): a header of one sector, the table of one 8-byte entry a
     both names                                         20
 
 An entry is 0 (unallocated), 1 (zeroes) or a file offset, with bit 63 set where the cluster is stored inverted (the
-stand-in for compression). The table is written at a flush, after the data it points to; clusters that were given back
+stand-in for compression) and bit 62 where it is frozen (as by a snapshot: never overwritten nor given back). The table is written at a flush, after the data it points to; clusters that were given back
 are used again only after that. So every moment leaves an image that opens and has all that was flushed.
 """
 
@@ -35,7 +35,9 @@ HEADER = struct.Struct("<4sIQHH")
 SECTOR = 512
 UNALLOCATED, ZERO = 0, 1
 INVERTED = 1 << 63
-MAX_TABLE = 1 << 20
+FROZEN = 1 << 62
+PLACE = ~(INVERTED | FROZEN)
+MAX_TABLE = 1 << 16
 _INVERSE = bytes(range(255, -1, -1))
 
 DRIVER = FormatDriver(
@@ -74,13 +76,15 @@ class Toy(Format):
         self._dirty: set[int] = set()
         self._resized = False
         start = -(-(SECTOR + MAX_TABLE * 8) // cluster) * cluster
-        used = {entry & ~INVERTED for entry in self._table if entry > ZERO}
+        used = {entry & PLACE for entry in self._table if entry > ZERO}
         if any(host % cluster or host < start or host + cluster > max(file.size, 1) + cluster for host in used):
             raise ImageError(file.filename, "toy: an entry points outside the file")
         if len(used) != sum(entry > ZERO for entry in self._table):
             raise ImageError(file.filename, "toy: two entries point to the same cluster")
         self._end = max(used, default=start - cluster) + cluster
         self._free = [host for host in range(start, self._end, cluster) if host not in used]
+        #: Frozen clusters that the table no longer names.
+        self._kept: set[int] = set()
         #: Given back since the last flush.
         self._released: list[int] = []
 
@@ -113,6 +117,7 @@ class Toy(Format):
 
     def map(self, offset: int, length: int) -> Iterator[Mapping]:
         end = offset + length
+        assert 0 <= offset < end <= self._size, "the core maps what lies inside the image"
         pending: Mapping | None = None
         while offset < end:
             index, start = divmod(offset, self.cluster_size)
@@ -123,9 +128,10 @@ class Toy(Format):
             elif entry == ZERO:
                 found = Mapping(Kind.ZERO, offset, count)
             elif entry & INVERTED:
-                found = Mapping(Kind.SPECIAL, offset, count, token=(entry & ~INVERTED) + start)
+                found = Mapping(Kind.SPECIAL, offset, count, token=(entry & PLACE) + start)
             else:
-                found = Mapping(Kind.DATA, offset, count, self.file, entry + start, not self.readonly)
+                writable = not (self.readonly or entry & FROZEN)
+                found = Mapping(Kind.DATA, offset, count, self.file, (entry & PLACE) + start, writable)
             if pending is not None and _adjoins(pending, found):
                 pending = pending._replace(length=pending.length + count)
             else:
@@ -150,7 +156,7 @@ class Toy(Format):
                 index, start = divmod(offset, cluster)
                 count = min(cluster - start, end - offset)
                 entry = self._table[index]
-                if entry > ZERO and not entry & INVERTED:
+                if entry > ZERO and not entry & (INVERTED | FROZEN):
                     result.append(Allocation(offset, count, self.file, entry + start, False))
                 else:
                     host, zeroed = self._take()
@@ -176,8 +182,10 @@ class Toy(Format):
 
     def _set(self, index: int, entry: int) -> None:
         former = self._table[index]
-        if former > ZERO:
-            self._released.append(former & ~INVERTED)
+        if former & FROZEN:
+            self._kept.add(former & PLACE)
+        elif former > ZERO:
+            self._released.append(former & PLACE)
         self._table[index] = entry
         self._dirty.add(index)
 
@@ -188,6 +196,13 @@ class Toy(Format):
         host, _ = self._take()
         self.file.pwrite(host, data.translate(_INVERSE))
         self._set(offset // self.cluster_size, host | INVERTED)
+
+    def freeze(self) -> None:
+        """Let no allocated cluster be overwritten any more (call with the node quiesced)."""
+        for index, entry in enumerate(self._table):
+            if entry > ZERO:
+                self._table[index] = entry | FROZEN
+                self._dirty.add(index)
 
     def zero(self, offset: int, length: int, *, unmap: bool) -> bool:
         for index in range(offset // self.cluster_size, -(-(offset + length) // self.cluster_size)):
@@ -232,8 +247,12 @@ class Toy(Format):
             self.flush()
 
     def check(self, *, repair: str = "") -> dict[str, Any]:
-        used = [entry & ~INVERTED for entry in self._table if entry > ZERO]
-        return {"corruptions": len(used) - len(set(used)), "check-errors": 0}
+        used = [entry & PLACE for entry in self._table if entry > ZERO]
+        known = {*used, *self._free, *self._released, *self._kept}
+        start = -(-(SECTOR + MAX_TABLE * 8) // self.cluster_size) * self.cluster_size
+        leaks = (self._end - start) // self.cluster_size - len(known)
+        twice = len(used) + len(self._free) + len(self._released) + len(self._kept) - len(known)
+        return {"corruptions": twice, "leaks": leaks, "check-errors": 0}
 
     @classmethod
     def create(cls, file: Node, size: int, options: dict[str, Any]) -> None:

@@ -33,6 +33,8 @@ class UnicornAccelerator(Accelerator):
         if index or self._cpu is not None:
             raise UsageError("-smp: unicorn runs one vCPU; -accel kvm runs more")
         self._cpu = UnicornCpu(self._machine, self._mode)
+        # Stopped by instruction counts, the guest may be in the middle of a block that a device writes to.
+        self.serve_kicks = self._cpu.looks_at_every_block
         return self._cpu
 
     def memory_changed(self, memory: GuestMemory) -> None:

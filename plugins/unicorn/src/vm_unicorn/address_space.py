@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import unicorn
@@ -16,11 +17,13 @@ import unicorn
 from vm_core.machine.memory import PAGE, GuestMemory, MmioHandler, RegionKind
 
 from .engine import PROT_EXEC, PROT_READ, PROT_WRITE, Engine
+from .fills import FastStores
 
 #: Physical addresses that 32-bit paging without extensions reaches.
 TOP = 1 << 32
 #: RAM is always cut here: firmware changes the map below a hundred times, and never above.
 ONE_MIB = 1 << 20
+HOLE = 64 << 20
 
 
 class Run(NamedTuple):
@@ -116,13 +119,19 @@ def plan(memory: GuestMemory) -> list[Run]:
     runs: list[Run] = []
     at = 0
     for run in pages:
-        if at < run.start and at < TOP:
-            runs.append(Run(at, min(run.start, TOP) - at, RegionKind.MMIO, 0, _NOBODY, 0))
+        runs.extend(_hole(at, min(run.start, TOP)))
         runs.append(run)
         at = run.start + run.size
-    if at < TOP:
-        runs.append(Run(at, TOP - at, RegionKind.MMIO, 0, _NOBODY, 0))
+    runs.extend(_hole(at, TOP))
     return runs
+
+
+def _hole(start: int, end: int) -> Iterator[Run]:
+    """Runs for what nobody claims, cut at multiples of HOLE: unmapping takes time for every page."""
+    while start < end:
+        high = min(end, start // HOLE * HOLE + HOLE)
+        yield Run(start, high - start, RegionKind.MMIO, 0, _NOBODY, 0)
+        start = high
 
 
 def _identity(run: Run) -> tuple[object, ...]:
@@ -134,9 +143,12 @@ def _identity(run: Run) -> tuple[object, ...]:
 class AddressSpace:
     """What is mapped in the engine, brought up to date with the machine's map by :meth:`apply`."""
 
-    def __init__(self, engine: Engine, memory: GuestMemory, read: object, write: object) -> None:
+    def __init__(
+        self, engine: Engine, memory: GuestMemory, read: object, write: object, stores: FastStores | None
+    ) -> None:
         """*read* and *write* are the ctypes callbacks for MMIO; their user word is the address of the run."""
         self._engine = engine
+        self._stores = stores
         self._memory = memory
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(memory.buffer))
         self._read = ctypes.cast(read, ctypes.c_void_p)  # type: ignore[arg-type]
@@ -162,15 +174,10 @@ class AddressSpace:
             self._map(run)
         self._runs = wanted
 
-    def clear(self) -> None:
-        """Unmap everything."""
-        for run in self._runs.values():
-            self._unmap(run)
-        self._runs = {}
-        self.drop_translations()
-
     def drop_translations(self) -> None:
         """Forget all translated code and all cached page-table entries."""
+        if self._stores is not None:
+            self._stores.forget()
         for control in (unicorn.UC_CTL_TB_FLUSH, unicorn.UC_CTL_TLB_FLUSH):
             self._engine.uc.ctl(control, unicorn.UC_CTL_IO_WRITE)
 

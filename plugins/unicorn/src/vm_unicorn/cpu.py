@@ -24,7 +24,7 @@ from vm_core.errors import UsageError
 from vm_core.machine.accel import AccelMachine, CpuState, VCpu
 from vm_core.machine.memory import PAGE, DmaError, RegionKind
 
-from . import native
+from . import fills, native
 from .address_space import AddressSpace
 from .cpuid import Cpuid
 from .engine import (
@@ -62,6 +62,7 @@ class UnicornCpu(VCpu):
         self._wake = threading.Event()
         self._halted = False
         self._running = False
+        self._thread = 0
         #: Guards _running together with _dirty, so that a writer knows whether to wait.
         self._guard = threading.Lock()
         self._dirty: list[tuple[int, int]] = []
@@ -84,10 +85,13 @@ class UnicornCpu(VCpu):
         self._cpu = CpuRecord(engine, layout, internals.env if internals is not None else 0)
         self._linear = LinearMemory(machine.memory)
         self._delivery = Delivery(self._cpu, self._linear)
+        stores = None
+        if self._control is not None and internals is not None:
+            stores = fills.install(engine, self._control, internals, machine.memory.size)
         self._slice = SLICE if self._control is None else 0
 
         self._mmio = (MMIO_READ_CALLBACK(self._mmio_read), MMIO_WRITE_CALLBACK(self._mmio_write))
-        self._space = AddressSpace(engine, machine.memory, *self._mmio)
+        self._space = AddressSpace(engine, machine.memory, *self._mmio, stores)
         self._portio = PortIo(engine, machine, self._cpu, self._linear, self._stored, self._fail)
         engine.hook(unicorn.UC_HOOK_INSN, self._portio.callback_in, 0, x86.UC_X86_INS_IN)
         engine.hook(unicorn.UC_HOOK_INSN, self._portio.callback_out, 0, x86.UC_X86_INS_OUT)
@@ -161,7 +165,6 @@ class UnicornCpu(VCpu):
 
     def close(self) -> None:
         """Free the engine."""
-        self._space.clear()
         self._cpu.close()
         self._pristine.close()
         self._engine.close()
@@ -170,6 +173,11 @@ class UnicornCpu(VCpu):
         """The map is another; it is followed before the next block."""
         self._map_changed = True
         self.kick()
+
+    @property
+    def looks_at_every_block(self) -> bool:
+        """Requests to stop, and translations to drop, are seen before each block."""
+        return self._control is not None
 
     def dma_written(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Drop translations of *ranges*.
@@ -189,11 +197,13 @@ class UnicornCpu(VCpu):
         """Execute until the machine wants the thread back."""
         with self._guard:
             self._running = True
+        self._thread = threading.get_ident()
         try:
             self._loop()
         except Exception as error:
             self._machine.internal_error(f"unicorn: {type(error).__name__}: {error} at {self._where()}")
         finally:
+            self._thread = 0
             with self._guard:
                 self._running = False
                 self._cleaned.notify_all()
@@ -233,7 +243,9 @@ class UnicornCpu(VCpu):
                 raise failure
             try:
                 if error == unicorn.UC_ERR_WRITE_PROT:
-                    self._step_over_rom_write()
+                    # Not done yet. After a change of the map it may be RAM by now: then it is simply tried again.
+                    if not self._map_changed:
+                        self._step_over_rom_write()
                 elif error:
                     machine.internal_error(f"unicorn: {engine.strerror(error)} at {self._where()}")
                     return
@@ -272,50 +284,46 @@ class UnicornCpu(VCpu):
 
     def _take_interrupt(self) -> None:
         """Deliver a pending interrupt if the guest accepts it now, else arrange to come back when it does."""
-        control, cpu, native_mode = self._control, self._cpu, self._mode == "native"
-        if control is not None and control.vector.value >= 0:
-            # Acknowledged earlier, and on its way.
-            control.attention.value = 1
-            self._halted = False
-            return
-        vector = -1
+        control, cpu, interrupts = self._control, self._cpu, self._interrupts
+        native_mode = self._mode == "native"
+        # Acknowledged earlier, and on its way.
+        vector = control.vector.value if control is not None else -1
+        taken = -1
         with self._machine.lock:
-            if not self._interrupts.pending():
-                self._closed_windows = 0
-                return
-            cpu.load()
-            if cpu.accepts_interrupts():
-                vector = self._interrupts.acknowledge()
-        if vector < 0:
-            if control is None:
-                return
-            if native_mode:
-                control.window.value = 1
-                control.attention.value = 1
-            elif self._closed_windows < _PATIENCE:
-                self._closed_windows += 1
-                control.stop.value = 1
-                control.attention.value = 1
-            else:
-                later = threading.Timer(_LOOK_AGAIN, self.kick)
-                later.daemon = True
-                later.start()
-            return
-        self._closed_windows = 0
-        self._halted = False
+            pending = interrupts.pending()
+            if pending and vector < 0:
+                cpu.load()
+                if cpu.accepts_interrupts():
+                    taken = interrupts.acknowledge()
+                    pending = interrupts.pending()
+        if taken >= 0 or vector >= 0:
+            self._halted = False
         if native_mode and control is not None:
-            control.vector.value = vector
+            if taken >= 0:
+                control.vector.value = taken
+            # Come back for the next one when the handler of this one, or whatever runs, accepts interrupts again.
+            control.window.value = pending
+            if pending or taken >= 0 or vector >= 0:
+                control.attention.value = 1
+            return
+        if taken >= 0:
+            self._delivery.deliver(taken, None)
+            cpu.store()
+        if not pending:
+            self._closed_windows = 0
+        elif control is not None:
+            self._look_again(control)
+
+    def _look_again(self, control: native.Control) -> None:
+        """Mode ``block``: leave at the next block to see whether interrupts are accepted then; in time, less often."""
+        if self._closed_windows < _PATIENCE:
+            self._closed_windows += 1
+            control.stop.value = 1
             control.attention.value = 1
         else:
-            self._delivery.deliver(vector, None)
-            cpu.store()
-            # There may be another one behind it.
-            self._again()
-
-    def _again(self) -> None:
-        if self._control is not None:
-            self._control.stop.value = 1
-            self._control.attention.value = 1
+            later = threading.Timer(_LOOK_AGAIN, self.kick)
+            later.daemon = True
+            later.start()
 
     def _raised(self, _engine: int, vector: int, _user: int) -> None:
         """An exception or INT, where Python delivers it: leave the engine first."""

@@ -44,6 +44,12 @@ DO_INTERRUPT = 56  # do_interrupt_x86_hardirq(env, vector, is_hardware)
 DO_LOOP_EXIT = 64  # cpu_loop_exit(cpu), which does not return
 DO_EXCEPTION = 72  # x86_cpu_do_interrupt(cpu)
 LEFT = 80  # u32: set when the code left because of one of the words above
+# For the wrapper in fills.py: x86_cpu_tlb_fill(…) and tlb_reset_dirty(cpu, host address, length) of the engine, the
+# bitmap of the pages that code was translated from, and how many pages it covers.
+DO_FILL = 88
+DO_RESET_DIRTY = 96
+CODE_PAGES = 104
+PAGES = 112
 
 # x86-64, System V calling convention. The engine calls
 #   block(rdi engine, rsi address, edx size, rcx control)
@@ -209,17 +215,11 @@ class Control:
         """Raises OSError where the host forbids executable memory."""
         self._code = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
         self._page = mmap.mmap(-1, mmap.PAGESIZE)
-        base = ctypes.addressof(ctypes.c_char.from_buffer(self._code))
+        self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._code))
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._page))
-        places = []
-        at = 0
-        for part in (code.block, code.exception, code.invalid):
-            self._code[at : at + len(part)] = part
-            places.append(base + at)
-            at = (at + len(part) + 15) & ~15
-        if platform.machine() == "aarch64":
-            _clear_instruction_cache(base, base + at)
-        self.block, self.exception, self.invalid = places
+        self._used = 0
+        self.is_x86 = code.block is _X86_64_BLOCK
+        self.block, self.exception, self.invalid = map(self.add_code, (code.block, code.exception, code.invalid))
         self.attention = ctypes.c_uint32.from_address(self.address + ATTENTION)
         self.stop = ctypes.c_uint32.from_address(self.address + STOP)
         self.window = ctypes.c_uint32.from_address(self.address + WINDOW)
@@ -227,6 +227,15 @@ class Control:
         self.left = ctypes.c_uint32.from_address(self.address + LEFT)
         self.vector.value = -1
         self.set_pointer(DO_STOP, engine.address_of("uc_emu_stop"))
+
+    def add_code(self, code: bytes) -> int:
+        """Put *code* into the executable page; its address. Raises OSError if it cannot be made visible."""
+        at = self._used
+        self._code[at : at + len(code)] = code
+        self._used = (at + len(code) + 15) & ~15
+        if not self.is_x86:
+            _clear_instruction_cache(self._base + at, self._base + self._used)
+        return self._base + at
 
     def set_pointer(self, offset: int, value: int) -> None:
         """Store an address in the page."""
@@ -262,15 +271,16 @@ def find_internals(engine: Engine) -> Internals | None:
     ]
     if get_cpu is None or not all(addresses):
         return None
+    # The engine makes its CPU at the first use: a register must be written before the CPU is asked for.
+    set_magic_registers(engine)
     cpu = get_cpu(engine.handle, -1) or get_cpu(engine.handle, 0)
     if not cpu:
         return None
-    set_magic_registers(engine)
     seen = b""
     # In small steps: the state is surely inside the object, and what lies behind the object may not be readable.
-    for step in range(0, 0xC000, 256):
-        seen += ctypes.string_at(cpu + step, 256)
+    for step in range(0, 0xC000, 1024):
+        seen = seen[-len(MAGIC_GENERAL) :] + ctypes.string_at(cpu + step, 1024)
         at = seen.find(MAGIC_GENERAL)
         if at >= 0:
-            return Internals(cpu + at, cpu, *addresses)
+            return Internals(cpu + step + 1024 - len(seen) + at, cpu, *addresses)
     return None

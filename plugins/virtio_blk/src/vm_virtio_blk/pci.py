@@ -117,7 +117,9 @@ class VirtioBlkPci(VirtioPci):
 
     def realize(self, machine: Machine, bus: Bus, address: str | None) -> None:
         super().realize(machine, bus, address)
-        self.need_backend().on_resize.append(self._resized)
+        backend = self.need_backend()
+        backend.set_completion_sink(self.completed)
+        backend.on_resize.append(self._resized)
 
     def unrealize(self) -> None:
         self.need_backend().on_resize.remove(self._resized)

@@ -57,7 +57,7 @@ class Command(NamedTuple):
 
     spec: CommandSpec
     lba: int | None
-    count: int
+    sectors: int
 
     @classmethod
     def parse(cls, spec: CommandSpec, taskfile: TaskFile, geometry: Geometry) -> Command:

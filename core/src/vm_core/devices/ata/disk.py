@@ -103,7 +103,7 @@ class AtaDisk(Drive):
         if command.lba is None:
             self._medium_error(IDNF, None)
             return False
-        if command.lba + command.count > self.sectors:
+        if command.lba + command.sectors > self.sectors:
             self._medium_error(IDNF, max(command.lba, self.sectors))
             return False
         return True
@@ -144,7 +144,7 @@ class AtaDisk(Drive):
     def _sectors_done(self, command: Command, *, interrupt: bool = True) -> None:
         """All sectors were moved: the registers show the last one's address and that none are left."""
         assert command.lba is not None
-        self._show_address(command.lba + command.count - 1)
+        self._show_address(command.lba + command.sectors - 1)
         if self._lba48:
             self.taskfile.count16 = 0
         else:
@@ -171,7 +171,7 @@ class AtaDisk(Drive):
         assert command.lba is not None
         lba = command.lba + done
         size = self.identity.logical_block
-        count = min(command.count - done, PIO_CHUNK)
+        count = min(command.sectors - done, PIO_CHUNK)
         view = memoryview(bytearray(count * size))
 
         def fetched(good: int) -> None:
@@ -183,7 +183,7 @@ class AtaDisk(Drive):
         def taken(good: int) -> None:
             if good < count:
                 self._medium_error(UNC, lba + good)
-            elif done + count < command.count:
+            elif done + count < command.sectors:
                 self._fetch(command, done + count)
             else:
                 # The interrupt of a read says that a block is ready; there is none after the last.
@@ -202,7 +202,7 @@ class AtaDisk(Drive):
         assert command.lba is not None
         lba = command.lba + done
         size = self.identity.logical_block
-        count = min(command.count - done, PIO_CHUNK)
+        count = min(command.sectors - done, PIO_CHUNK)
         view = memoryview(bytearray(count * size))
 
         def filled() -> None:
@@ -212,7 +212,7 @@ class AtaDisk(Drive):
         def written(status: int) -> None:
             if status:
                 self._medium_error(ABRT, lba)
-            elif done + count < command.count:
+            elif done + count < command.sectors:
                 self._collect(command, done + count)
             else:
                 self._sectors_done(command)
@@ -230,15 +230,15 @@ class AtaDisk(Drive):
         assert lba is not None
 
         def finished(good: int) -> None:
-            if good < command.count:
+            if good < command.sectors:
                 self._medium_error(UNC, lba + good)
             else:
                 self._sectors_done(command)
 
         self._dma(
             True,
-            command.count * self.identity.logical_block,
-            lambda views, guest: self._read(lba, command.count, views, guest, finished),
+            command.sectors * self.identity.logical_block,
+            lambda views, guest: self._read(lba, command.sectors, views, guest, finished),
         )
 
     def write_dma(self, command: Command) -> None:
@@ -256,10 +256,10 @@ class AtaDisk(Drive):
                 self._sectors_done(command)
 
         def started(views: Sequence[Buffer], guest: Ranges) -> None:
-            request = Request(Op.WRITE, lba * size, command.count * size, views, fua=command.spec.fua)
+            request = Request(Op.WRITE, lba * size, command.sectors * size, views, fua=command.spec.fua)
             self._submit([request], finished)
 
-        self._dma(False, command.count * size, started)
+        self._dma(False, command.sectors * size, started)
 
     def data_set_management(self, command: Command) -> None:
         """DATA SET MANAGEMENT with TRIM (7.9): up to 64 ranges of (LBA, sectors) in each block of 512 bytes."""
@@ -302,11 +302,11 @@ class AtaDisk(Drive):
             return
         lba = command.lba
         assert lba is not None
-        chunk = min(command.count, VERIFY_CHUNK // self.identity.logical_block)
+        chunk = min(command.sectors, VERIFY_CHUNK // self.identity.logical_block)
         view = memoryview(bytearray(chunk * self.identity.logical_block))
 
         def check(done: int) -> None:
-            count = min(command.count - done, chunk)
+            count = min(command.sectors - done, chunk)
             if not count:
                 self._sectors_done(command)
                 return
@@ -323,7 +323,7 @@ class AtaDisk(Drive):
 
     def seek(self, command: Command) -> None:
         """SEEK (ATA/ATAPI-6 8.42): only the address is checked."""
-        if self._in_range(command._replace(count=1)):
+        if self._in_range(command._replace(sectors=1)):
             self.succeed()
 
     def recalibrate(self, command: Command) -> None:

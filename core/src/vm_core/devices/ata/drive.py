@@ -128,6 +128,10 @@ def cut_ranges(ranges: Ranges, start: int, end: int) -> list[tuple[int, int]]:
     return found
 
 
+def _nothing(*_: object) -> None:
+    """What follows when nothing does."""
+
+
 class Drive(ABC):
     """One device. Called with the device lock held."""
 
@@ -158,9 +162,9 @@ class Drive(ABC):
         self._position = 0
         self._block = 0
         self._block_end = 0
-        self._end_of_data: Callable[[], None] = self._nothing
-        self._memory: Callable[[Sequence[Buffer], Ranges], None] = self._no_memory
-        self._resume: Callable[[int], None] = self._no_result
+        self._end_of_data: Callable[[], None] = _nothing
+        self._memory: Callable[[Sequence[Buffer], Ranges], None] = _nothing
+        self._resume: Callable[[int], None] = _nothing
         self._outstanding = 0
         self._failure = 0
         self._finished = False
@@ -173,15 +177,6 @@ class Drive(ABC):
         #: A software reset brings the settings of power-on back (SET FEATURES 0xCC; 0x66 keeps them).
         self.revert_on_reset = False
         self.power_on()
-
-    def _nothing(self) -> None:
-        pass
-
-    def _no_memory(self, views: Sequence[Buffer], guest: Ranges) -> None:
-        pass
-
-    def _no_result(self, status: int) -> None:
-        pass
 
     # Resets.
 
@@ -241,8 +236,8 @@ class Drive(ABC):
         """Drop buffers and continuations."""
         self._data = memoryview(bytearray())
         self._position = self._block_end = 0
-        self._end_of_data = self._nothing
-        self._memory = self._no_memory
+        self._end_of_data = _nothing
+        self._memory = _nothing
 
     # Commands.
 
@@ -294,7 +289,7 @@ class Drive(ABC):
 
     # PIO.
 
-    def block_ready(self, length: int) -> None:
+    def block_ready(self, length: int) -> None:  # noqa: B027 - disks leave their registers alone
         """A DRQ block of *length* bytes begins: where packet devices set their registers."""
 
     def _pio(self, phase: Phase, data: Buffer, block: int, then: Callable[[], None], *, interrupt: bool) -> None:
@@ -377,7 +372,7 @@ class Drive(ABC):
     def dma_start(self, views: Sequence[Buffer], guest: Ranges) -> None:
         """Here are the :attr:`dma_length` bytes of memory. They are the drive's until ``Link.dma_done``."""
         then = self._memory
-        self._memory = self._no_memory
+        self._memory = _nothing
         self._dma_busy = True
         then(views, guest)
 

@@ -54,8 +54,8 @@ class Transport(Protocol):
     ram: GuestRam
     lock: AbstractContextManager[Any]
 
-    def call_soon(self, function: Callable[[], None]) -> None:
-        """Run *function* on the I/O thread, without the lock. Any thread."""
+    def call_soon(self, function: Callable[[], object]) -> None:
+        """Run *function* soon, on the I/O thread and without the lock, or on the thread that kicks now. Any thread."""
         ...
 
     def can_dma(self) -> bool:
@@ -140,7 +140,10 @@ class VirtioDevice(ABC):
 
     @abstractmethod
     def handle(self, queue: Virtqueue, chains: list[Chain]) -> None:
-        """Serve a batch. On the I/O thread, *without* the lock. Each chain goes to :meth:`complete` sooner or later."""
+        """Serve a batch without waiting for the host. Each chain goes to :meth:`complete` sooner or later.
+
+        On the I/O thread without the lock, or on the thread that kicks with it.
+        """
 
     @abstractmethod
     def respond(self, chain: Chain, response: Any) -> int:

@@ -21,5 +21,11 @@ PCI_OPTIONS: tuple[Option, ...] = (
     Option("any_layout", "bool", "tell legacy drivers that requests may be laid out anyhow", True),
     Option("notify_on_empty", "bool", "offer legacy drivers an interrupt whenever a queue runs empty", True),
     Option("queue_reset", "bool", "offer the reset of single queues", True),
-    Option("ioeventfd", "bool", "take kicks without leaving the guest where the accelerator can", True),
+    Option(
+        "ioeventfd",
+        "enum",
+        "who serves kicks: the I/O thread (on), the vCPU that kicks (off), whichever is faster here (auto)",
+        "auto",
+        ("auto", "on", "off", "yes", "no", "true", "false"),
+    ),
 )

@@ -2,9 +2,13 @@
 
 Theory of operation. The function offers the modern interface, the legacy one, or both (a *transitional* device), as
 register handlers of its bars; see :mod:`.pci_modern` and :mod:`.pci_legacy`. What they share is here: identity, the ISR
-register, interrupts over INTx or MSI-X, and kicks. A kick is a register write whose handler posts work to the I/O
-thread; where the accelerator can turn the write itself into an eventfd signal, the I/O thread waits for that and the
-vCPU does not even leave the guest.
+register, interrupts over INTx or MSI-X, and kicks.
+
+A kick is a register write whose handler posts work to the I/O thread; where the accelerator can turn the write itself
+into an eventfd signal, the I/O thread waits for that and the vCPU does not even leave the guest. With an accelerator
+that says so (:attr:`~vm_core.machine.accel.Accelerator.serve_kicks`), or ``ioeventfd=off``, the thread that kicks does
+what the I/O thread would do, in the same order, before its register write returns: whatever the backend answers without
+waiting is answered then. Nothing waits for the host there either way.
 """
 
 from __future__ import annotations
@@ -12,9 +16,11 @@ from __future__ import annotations
 import os
 import sys
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import UsageError
@@ -38,6 +44,7 @@ from .ram import GuestRam
 
 if TYPE_CHECKING:
     from ...block.backend import BlockBackend
+    from ...block.request import Request
     from ...machine.machine import Machine
     from ..bus import Bus
 
@@ -49,6 +56,10 @@ MODERN_SUBSYSTEM = 0x1100
 
 #: vectors= that means one a queue and one for configuration changes.
 AUTO_VECTORS = 0xFFFFFFFF
+
+#: Pieces of work that a kicking thread does itself before it leaves the rest to the I/O thread. Usual are two:
+#: completions are delivered, and given back to the driver.
+MAX_STEPS = 6
 
 LEGACY_BAR = 0
 MSIX_BAR = 1
@@ -123,7 +134,11 @@ class VirtioPci(PciDevice):
         ]
         #: Transport and ring features that the options leave on; the device adds its own.
         self.ring_features = sum(feature.mask for feature, on in switches if on)
-        self._ioeventfd = switch("ioeventfd", True)
+        ioeventfd = str(options.pop("ioeventfd", "auto"))
+        self._ioeventfd = None if ioeventfd == "auto" else parse_bool(ioeventfd, f"{name}: ioeventfd")
+        #: The thread that serves a kick of its own now, and what is to be done on it before it goes on.
+        self._serving: int | None = None
+        self._to_do: deque[Callable[[], object]] = deque()
         vectors = parse_int(options.pop("vectors", AUTO_VECTORS), f"{name}: vectors")
         if not (0 <= vectors <= 2048 or vectors == AUTO_VECTORS):
             raise UsageError(f"{name}: vectors={vectors}: 0 (no MSI-X) to 2048 are possible")
@@ -183,10 +198,45 @@ class VirtioPci(PciDevice):
         if self.legacy is not None:
             self.legacy.clear()
 
+    # Kicks and completions, on the I/O thread or on the one that kicks.
+
+    def kicked(self, index: int) -> None:
+        """The driver wrote queue *index* to a notification register. Lock held."""
+        queues = self.virtio.queues
+        if index >= len(queues):
+            return
+        accel = self.machine.accel
+        here = not self._ioeventfd if self._ioeventfd is not None else accel is not None and accel.serve_kicks
+        if not here or self._serving is not None:
+            self.virtio.kick(queues[index])
+            return
+        self._serving = get_ident()
+        try:
+            self.virtio.run(queues[index])
+            to_do = self._to_do
+            for _ in range(MAX_STEPS):
+                if not to_do:
+                    break
+                to_do.popleft()()
+        finally:
+            self._serving = None
+            while self._to_do:
+                self.machine.iothread.call_soon(self._to_do.popleft())
+
+    def completed(self, requests: list[Request]) -> None:
+        """The backend's completion sink. Any thread, with or without the lock."""
+        if self._serving == get_ident():
+            self._to_do.append(partial(self.machine.deliver, requests))
+        else:
+            self.machine.completed(requests)
+
     # What the device asks of its transport.
 
-    def call_soon(self, function: Callable[[], None]) -> None:
-        self.machine.iothread.call_soon(function)
+    def call_soon(self, function: Callable[[], object]) -> None:
+        if self._serving == get_ident():
+            self._to_do.append(function)
+        else:
+            self.machine.iothread.call_soon(function)
 
     def can_dma(self) -> bool:
         # A machine that stops waits until nothing is in flight: a ring that is fed by what it reads would keep it
@@ -271,7 +321,7 @@ class VirtioPci(PciDevice):
 
     def bar_moved(self, bar: Bar) -> None:
         # Hosts without eventfds have no accelerator that could signal one.
-        if bar.index in (LEGACY_BAR, MODERN_BAR) and self._ioeventfd and hasattr(os, "eventfd"):
+        if bar.index in (LEGACY_BAR, MODERN_BAR) and self._ioeventfd is not False and hasattr(os, "eventfd"):
             self._unbind_kicks(bar.io)
             if bar.address is not None:
                 self._bind_kicks(bar)

@@ -132,8 +132,7 @@ class LegacyInterface:
         return 0
 
     def set_queue_notify(self, value: int) -> None:
-        if value < len(self.virtio.queues):
-            self.virtio.kick(self.virtio.queues[value])
+        self.pci.kicked(value)
 
     def get_device_status(self) -> int:
         return int(self.virtio.status)

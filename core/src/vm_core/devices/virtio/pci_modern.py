@@ -121,9 +121,7 @@ class ModernInterface:
 
     def write(self, offset: int, size: int, value: int) -> None:
         if offset >= NOTIFY_OFFSET:
-            index = (offset - NOTIFY_OFFSET) // NOTIFY_MULTIPLIER
-            if index < len(self.virtio.queues):
-                self.virtio.kick(self.virtio.queues[index])
+            self.pci.kicked((offset - NOTIFY_OFFSET) // NOTIFY_MULTIPLIER)
         elif offset < ISR_OFFSET:
             COMMON.write(self, offset, size, value)
         elif offset >= DEVICE_OFFSET:

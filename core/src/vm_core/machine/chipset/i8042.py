@@ -25,14 +25,19 @@ CTR_KEYBOARD_OFF, CTR_AUX_OFF, CTR_TRANSLATE = 0x10, 0x20, 0x40
 
 ACK, RESEND, SELF_TEST_PASSED = 0xFA, 0xFE, 0xAA
 
-#: Set 2 to set 1, by set-2 code (0x00–0x83).
-_TRANSLATION = bytes.fromhex(
-    "ff43413f3d3b3c5864444240 3e0f29595 5382a70 1d10025a 6 65a2c 1f1e1103 5b"
-    if False
-    else "ff43413f3d3b3c586444424 03e0f29596538 2a701d100 25a66712c1f1e1103 5b67 2e2d20120504 5c68392f2114130 65d"
-    "6931302322150 75e6a7 2322416080 95f6b3 3 2517180b0a606c 3435 2627190c616d 7328741a0d6 26e3a361c1b752b6376"
-    "5556 77787 90e7a4f7d4b477e7f6f52535 04c4d4801 4557 4e514a374946 5480818241".replace(" ", "")
+#: The set-2 code of each set-1 code from 0x00 to 0x7f.
+_SET_2 = bytes.fromhex(
+    "00 76 16 1e 26 25 2e 36 3d 3e 46 45 4e 55 66 0d "
+    "15 1d 24 2d 2c 35 3c 43 44 4d 54 5b 5a 14 1c 1b "
+    "23 2b 34 33 3b 42 4b 4c 52 0e 12 5d 1a 22 21 2a "
+    "32 31 3a 41 49 4a 59 7c 11 29 58 05 06 04 0c 03 "
+    "0b 02 0a 01 09 77 7e 6c 75 7d 7b 6b 73 74 79 69 "
+    "72 7a 70 71 7f 60 61 78 07 0f 17 1f 27 2f 37 3f "
+    "47 4f 56 5e 08 10 18 20 28 30 38 40 48 50 57 6f "
+    "13 19 39 51 53 5c 5f 62 63 64 65 67 68 6a 6d 6e "
 )
+#: Set 2 to set 1. F7 (0x83) is the one key beyond 0x7f; 0x84 is Alt-SysRq; prefixes and answers pass unchanged.
+_TRANSLATION = bytes({0x83: 0x41, 0x84: 0x54}.get(code, _SET_2.find(code) if code < 0x80 else code) for code in range(256))
 
 
 class Ps2Device:
@@ -235,7 +240,7 @@ class I8042:
                 self._break = True
                 continue
             released, self._break = self._break, False
-            code = _TRANSLATION[byte] if byte < len(_TRANSLATION) else byte
+            code = _TRANSLATION[byte]
             return code | 0x80 if released else code
         return None
 

@@ -1,0 +1,297 @@
+"""One image in turns written here and by the peer, against a bytearray; in every combination of options."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from qcow2_peer import LONG, Qemu
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from vm_core.block.node import Node
+from vm_core.block.open import create_image, open_node
+
+CLUSTERS = [512, 1024, 4096, 65536, 1 << 20, 2 << 20]
+WIDTHS = [1, 2, 4, 8, 16, 32, 64]
+
+
+class Machine(RuleBasedStateMachine):
+    """The image, the model, and who has the image open."""
+
+    qemu: Qemu
+
+    @initialize(
+        compat=st.sampled_from(["1.1", "1.1", "0.10"]),
+        cluster=st.sampled_from(CLUSTERS),
+        width=st.sampled_from(WIDTHS),
+        lazy=st.booleans(),
+        compression=st.sampled_from(["zlib", "zstd"]),
+        backing=st.sampled_from([0, 0, 50_000, 700_000]),
+        size=st.integers(1, 4096),
+        ours=st.booleans(),
+        preallocate=st.booleans(),
+    )
+    def make(
+        self,
+        compat: str,
+        cluster: int,
+        width: int,
+        lazy: bool,
+        compression: str,
+        backing: int,
+        size: int,
+        ours: bool,
+        preallocate: bool,
+    ) -> None:
+        self.node: Node | None = None
+        self.snapshots: dict[str, bytes] = {}
+        self.names = 0
+        self.folder = Path(tempfile.mkdtemp(prefix="vm-qcow2-"))
+        self.path = self.folder / "disk.qcow2"
+        options: dict[str, Any] = {"compat": compat, "cluster_size": cluster}
+        self.v3 = compat == "1.1"
+        self.width = width if self.v3 else 16
+        if self.v3:
+            options |= {"refcount_bits": width, "lazy_refcounts": lazy, "compression_type": compression}
+        self.backing = backing
+        self.cluster = cluster
+        size *= 512
+        self.model = bytearray(size)
+        if backing:
+            data = random.Random(backing).randbytes(backing // 512 * 512)
+            (self.folder / "base.raw").write_bytes(data)
+            self.model[: len(data)] = data[:size]
+            options |= {"backing_file": "base.raw", "backing_fmt": "raw"}
+        elif preallocate:
+            options["preallocation"] = "metadata"
+        self.base = bytes(self.model)
+        if ours:
+            create_image(str(self.path), "qcow2", size, options)
+        else:
+            words = {k: ("off", "on")[v] if isinstance(v, bool) else v for k, v in options.items()}
+            self.qemu.create(self.path, size, words)
+
+    @property
+    def ours(self) -> Node:
+        if self.node is None:
+            self.node = open_node(str(self.path), readonly=False, format="qcow2")
+        return self.node
+
+    def release(self) -> None:
+        if self.node is not None:
+            self.node.close()
+            self.node = None
+
+    def place(self, at: int, length: int, unit: int = 512) -> tuple[int, int]:
+        """A range in the image, of whole *unit*s where it does not end with it."""
+        size = len(self.model)
+        offset = at % size // unit * unit
+        return offset, min(-(-length // unit) * unit, size - offset)
+
+    def clear(self, offset: int, length: int) -> None:
+        """What a discard does: whole clusters become zeroes, where the format can hide a backing image."""
+        if self.backing and not self.v3:
+            return
+        start = -(-offset // self.cluster) * self.cluster
+        end = offset + length
+        end = end if end == len(self.model) else end // self.cluster * self.cluster
+        if start < end:
+            self.model[start:end] = bytes(end - start)
+
+    # Here
+
+    @rule(at=st.integers(0, 1 << 21), length=st.integers(1, 200_000), value=st.integers(1, 255))
+    def write(self, at: int, length: int, value: int) -> None:
+        offset, length = self.place(at, length, 1)
+        self.ours.pwrite(offset, bytes([value]) * length)
+        self.model[offset : offset + length] = bytes([value]) * length
+
+    @rule(at=st.integers(0, 1 << 21), length=st.integers(1, 600_000), unmap=st.booleans())
+    def zero(self, at: int, length: int, unmap: bool) -> None:
+        offset, length = self.place(at, length, 1)
+        self.ours.zero(offset, length, unmap=unmap)
+        self.model[offset : offset + length] = bytes(length)
+
+    @rule(at=st.integers(0, 1 << 21), length=st.integers(1, 600_000))
+    def discard(self, at: int, length: int) -> None:
+        offset, length = self.place(at, length, 1)
+        self.ours.discard(offset, length)
+        self.clear(offset, length)
+
+    @rule(at=st.integers(0, 1 << 21), length=st.integers(1, 600_000))
+    def read(self, at: int, length: int) -> None:
+        offset, length = self.place(at, length, 1)
+        assert self.ours.pread(offset, length) == self.model[offset : offset + length]
+
+    @rule()
+    def flush(self) -> None:
+        self.ours.flush()
+        assert self.ours.pread(0, len(self.model)) == self.model
+
+    @rule(size=st.integers(1, 5000))
+    def resize(self, size: int) -> None:
+        if self.snapshots and not self.v3:
+            return
+        size *= 512
+        self.ours.truncate(size)
+        self.resized(size)
+
+    def resized(self, size: int) -> None:
+        del self.model[size:]
+        self.model.extend(bytes(size - len(self.model)))
+
+    # By the peer
+
+    @rule(at=st.integers(0, 1 << 21), length=st.integers(1, 200_000), value=st.integers(1, 255))
+    def peer_write(self, at: int, length: int, value: int) -> None:
+        offset, length = self.place(at, length)
+        self.release()
+        self.qemu.io(self.path, f"write -P {value} {offset} {length}")
+        self.model[offset : offset + length] = bytes([value]) * length
+
+    @rule(at=st.integers(0, 1 << 21), values=st.lists(st.integers(1, 255), min_size=1, max_size=4))
+    def peer_write_compressed(self, at: int, values: list[int]) -> None:
+        if self.width == 1 and self.cluster < 4096:
+            return  # clusters of compressed data are shared, which needs a count above one
+        self.release()
+        for value in values:
+            offset, length = self.place(at, self.cluster, self.cluster)
+            if length < self.cluster or self.width == 1:
+                return
+            self.qemu.io(self.path, f"write -c -P {value} {offset} {length}")
+            self.model[offset : offset + length] = bytes([value]) * length
+            at += self.cluster
+
+    @rule(at=st.integers(0, 1 << 21), length=st.integers(1, 600_000), unmap=st.booleans())
+    def peer_zero(self, at: int, length: int, unmap: bool) -> None:
+        offset, length = self.place(at, length)
+        self.release()
+        self.qemu.io(self.path, f"write -z {'-u ' if unmap else ''}{offset} {length}", options=("-d", "unmap"))
+        self.model[offset : offset + length] = bytes(length)
+
+    @rule(at=st.integers(0, 1 << 21), length=st.integers(1, 600_000))
+    def peer_discard(self, at: int, length: int) -> None:
+        if self.backing and not self.v3:
+            return
+        offset, length = self.place(at, length)
+        self.release()
+        self.qemu.io(self.path, f"discard {offset} {length}", options=("-d", "unmap"))
+        self.clear(offset, length)
+
+    @precondition(lambda self: self.width > 1 and len(self.snapshots) < (1 << min(self.width, 8)) - 2)
+    @rule()
+    def peer_snapshot(self) -> None:
+        self.release()
+        self.names += 1
+        name = f"s{self.names}"
+        self.qemu.img("snapshot", "-c", name, self.path)
+        self.snapshots[name] = bytes(self.model)
+
+    @precondition(lambda self: self.snapshots)
+    @rule()
+    def peer_delete_snapshot(self) -> None:
+        self.release()
+        name = next(iter(self.snapshots))
+        self.qemu.img("snapshot", "-d", name, self.path)
+        del self.snapshots[name]
+
+    @rule(size=st.integers(1, 5000))
+    def peer_resize(self, size: int) -> None:
+        size *= 512
+        if self.snapshots or (size > len(self.model) and self.backing):
+            return
+        self.release()
+        self.qemu.img("resize", "-q", "--shrink", "-f", "qcow2", self.path, size)
+        self.resized(size)
+
+    # Both agree
+
+    @rule()
+    def compare(self) -> None:
+        self.release()
+        self.qemu.sound(self.path)
+        assert self.qemu.read(self.path) == self.model
+        theirs = self.qemu.check(self.path)
+        with open_node(str(self.path), format="qcow2") as node:
+            ours = node.format.check()  # type: ignore[attr-defined]
+        for key in ours.keys() - {"messages"}:
+            assert ours[key] == theirs.get(key, 0), key
+
+    @invariant()
+    def nothing_is_wrong_here(self) -> None:
+        if getattr(self, "node", None) is not None:
+            node: Any = self.node
+            found = node.format.check()
+            assert not found.get("corruptions"), found
+            assert not found.get("leaks"), found
+
+    def teardown(self) -> None:
+        if not hasattr(self, "path"):
+            return
+        try:
+            self.compare()
+            for name, data in self.snapshots.items():
+                raw = self.folder / "snapshot.raw"
+                self.qemu.img("convert", "-l", f"snapshot.name={name}", "-O", "raw", self.path, raw)
+                found = raw.read_bytes()
+                assert found[: len(data)] == data[: len(found)]
+        finally:
+            self.release()
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def test_turns_with_the_peer(qemu: Qemu) -> None:
+    """Whatever is done to an image here and by qemu-io, in whatever order, both find in it what was last written."""
+    from hypothesis.stateful import run_state_machine_as_test
+
+    Machine.qemu = qemu
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(
+            max_examples=400 if LONG else 25,
+            stateful_step_count=60 if LONG else 15,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            derandomize=not LONG,
+            report_multiple_bugs=False,
+            phases=(Phase.generate, Phase.shrink) if LONG else (Phase.generate,),
+            database=None,
+        ),
+    )
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_width_and_cluster_size(tmp_path: Path, qemu: Qemu, cluster: int, width: int) -> None:
+    """Images of every cluster size and refcount width are read identically by either side, after writing by either."""
+    chance = random.Random(cluster * width)
+    path = tmp_path / "disk.qcow2"
+    size = min(max(300 * cluster, 1 << 20), 12 << 20) + 512
+    create_image(str(path), "qcow2", size, {"cluster_size": cluster, "refcount_bits": width})
+    model = bytearray(size)
+    for _ in range(2):
+        with open_node(str(path), readonly=False) as node:
+            for _ in range(12):
+                offset = chance.randrange(size)
+                data = chance.randbytes(min(size - offset, chance.choice([1, 5000, 200_000])))
+                node.pwrite(offset, data)
+                model[offset : offset + len(data)] = data
+        qemu.sound(path)
+        commands = []
+        for _ in range(6):
+            offset = chance.randrange(size // 512) * 512
+            length = min(size - offset, chance.choice([512, 5120, 204_800]))
+            value = chance.randrange(1, 256)
+            commands.append(f"write -P {value} {offset} {length}")
+            model[offset : offset + length] = bytes([value]) * length
+        qemu.io(path, *commands)
+        with open_node(str(path)) as node:
+            assert node.pread(0, size) == model
+    assert qemu.read(path) == model
+    qemu.sound(path)
