@@ -91,6 +91,7 @@ class Guest:
             start.gdt = (GDT, 23)
             start.idt = (IDT, 0x7FF)
             self.memory.write(GDT, struct.pack("<QQQ", 0, 0x00CF9B000000FFFF, 0x00CF93000000FFFF))
+        self.accel.irqchip.reset()
         for cpu in self.cpus:
             cpu.reset(start)
 

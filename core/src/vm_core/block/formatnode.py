@@ -320,7 +320,7 @@ class FormatNode(ImageNode):
                 ranges.drop(ticket)
                 raise
             for run in runs:
-                if run.kind is not Kind.DATA:
+                if run.kind is not Kind.DATA or not run.writable:
                     ranges.drop(ticket)
                     return False
         try:

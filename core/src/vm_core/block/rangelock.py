@@ -57,8 +57,7 @@ class RangeLock:
         """Give a ticket back. Call with :attr:`mutex` held."""
         if self._held.pop(ticket)[2]:
             self._exclusives -= 1
-        if self._waiting:
-            self._changed.notify_all()
+        pass
 
     def release(self, ticket: int) -> None:
         """Give a ticket back. Call without :attr:`mutex`."""

@@ -12,7 +12,6 @@ import os
 import sys
 import termios
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,14 +23,7 @@ _QUEUE_LIMIT = 4 << 20
 
 
 class Writer:
-    """Writes queued bytes to a descriptor in a thread of its own, in order; *before* is called before the first.
-
-    A guest's serial port delivers bytes one by one: the thread waits a moment before it takes what has gathered, so
-    that a page of text is a few system calls and not two thousand changes of threads.
-    """
-
-    #: Seconds that bytes may gather.
-    GATHER = 0.001
+    """Writes queued bytes to a descriptor in a thread of its own, in order; *before* is called before the first."""
 
     def __init__(self, fd: int, name: str, before: Callable[[], object] | None = None) -> None:
         self._fd = fd
@@ -77,8 +69,6 @@ class Writer:
                 if self._ended:
                     return
                 self._idle = False
-            time.sleep(self.GATHER)
-            with self._changed:
                 data = b"".join(self._queue)
                 self._queue.clear()
                 self._size = 0

@@ -93,6 +93,18 @@ class IoThread:
         if not self._woken:
             self._wake()
 
+    def call_later(self, seconds: float, function: Callback) -> None:
+        """Call *function* on the I/O thread after so much real time. Any thread; never blocks."""
+
+        def begin() -> None:
+            if self._loop is not None and not self._loop.is_closed():
+                self._loop.call_later(seconds, self._run, function)
+
+        if self.current:
+            begin()
+        else:
+            self.call_soon(begin)
+
     def _wake(self) -> None:
         with self._mutex:
             if self._woken or self._loop is None or self._closed:
@@ -231,6 +243,9 @@ class InlineIo(IoThread):
         self._closed = True
 
     def call_soon(self, function: Callback) -> None:
+        self._queue.append(function)
+
+    def call_later(self, seconds: float, function: Callback) -> None:
         self._queue.append(function)
 
     def run_until_idle(self) -> None:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ..block.request import Request
     from ..devices.bus import Bus
     from ..devices.device import Device
+    from .chipset.dma8237 import IsaDma
 
 __all__ = ["ExitReason", "Machine", "RunState"]
 
@@ -90,8 +91,14 @@ class Machine:
         self.devices: dict[str, Device] = {}
         self.backends: list[BlockBackend] = []
         self.boot_order = BootOrder()
+        #: The board that filled this frame; its parts are its attributes.
+        self.board: Any = None
+        #: The ISA bus' DMA controllers, where the board has some.
+        self.dma: IsaDma | None = None
         #: Parts of the board that are no devices (chipset, firmware), reset before the devices, in this order.
         self.on_reset: list[Callable[[], object]] = []
+        #: Called after all devices were reset, with the lock held: a board that boots without firmware does its work here.
+        self.after_reset: list[Callable[[], object]] = []
         #: Called when the operator presses the power button; set by the board's power management.
         self.on_powerdown: Callable[[], object] | None = None
         #: Called after the machine has ended, to release what a board opened. Last in, first out.
@@ -423,12 +430,10 @@ class Machine:
                 part()
             for device in self.devices.values():
                 device.reset()
-            self.after_reset()
+            for part in self.after_reset:
+                part()
         for index, vcpu in enumerate(self.vcpus):
             vcpu.reset(self.reset_state(index))
-
-    def after_reset(self) -> None:
-        """Where a board that boots without firmware puts what firmware would have done. With the lock held."""
 
     def _shutdown(self, reason: ExitReason, *, final: bool = False) -> None:
         if self._exit.is_set():

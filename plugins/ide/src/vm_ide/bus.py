@@ -1,8 +1,14 @@
-"""An IDE bus: one channel of a controller with its cable of two drives, and its way to the machine."""
+"""An IDE bus: one channel of a controller with its cable of two drives, and its way to the machine.
+
+Requests complete on the I/O thread. Where the accelerator says that the vCPU's own thread serves a request soonest
+(:attr:`~vm_core.machine.accel.Accelerator.serve_kicks`), whatever the backend answers without waiting is handled before
+the register access that asked for it returns.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import get_ident
 from typing import TYPE_CHECKING
 
 from vm_core.block.node import Buffer
@@ -29,6 +35,9 @@ class IdeBus(Bus):
         self.busmaster = busmaster
         self.channel = Channel(self, busmaster)
         self._backends: dict[int, BlockBackend] = {}
+        #: The thread that is in :meth:`submit` and handles answers itself, and what it was answered.
+        self._serving: int | None = None
+        self._answers: list[Request] = []
 
     def free_address(self, device: Device | None) -> str | None:
         """The first unit without a drive."""
@@ -68,7 +77,30 @@ class IdeBus(Bus):
 
         for request in requests:
             request.done = done
-        self._backends[drive.unit].submit(requests)
+        backend = self._backends[drive.unit]
+        if not self._serve_here():
+            backend.submit(requests)
+            return
+        self._serving = get_ident()
+        try:
+            backend.submit(requests)
+        finally:
+            self._serving = None
+            answers, self._answers = self._answers, []
+        if answers:
+            self.machine.deliver(answers)
+
+    def _serve_here(self) -> bool:
+        """This thread is a vCPU's and may handle completions; with the lock held."""
+        accel = self.machine.accel
+        return accel is not None and accel.serve_kicks and not self.machine.iothread.current
+
+    def completed(self, requests: list[Request]) -> None:
+        """The backends' completion sink. Any thread, with or without the lock."""
+        if self._serving == get_ident():
+            self._answers += requests
+        else:
+            self.machine.completed(requests)
 
     def set_write_cache(self, drive: Drive, enabled: bool) -> None:
         def done(request: Request) -> None:
@@ -90,8 +122,11 @@ class IdeBus(Bus):
             with machine.lock:
                 drive.complete(Request(Op.READ))
 
-        # The accelerator must be told by another thread than a vCPU's, and without the lock.
-        machine.iothread.call_soon(copy)
+        if self._serve_here():
+            copy()
+        else:
+            # Elsewhere the accelerator must be told without the lock, and not by a vCPU.
+            machine.iothread.call_soon(copy)
 
     def set_irq(self, level: bool) -> None:
         self.machine.irqs.set_irq(self.irq, level)

@@ -75,6 +75,7 @@ class IdeDevice(Device):
         self.drive = self.make_drive(bus, unit, backend)
         bus.attach(self, self.drive, backend)
         machine.attach_backend(backend)
+        backend.set_completion_sink(bus.completed)
 
     def storage(self) -> BlockBackend:
         """The backend; a subclass may do without one."""

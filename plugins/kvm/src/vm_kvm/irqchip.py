@@ -68,6 +68,9 @@ class KvmIrqchip:
         return state
 
     def reset(self) -> None:
-        """Put the chips back to what they were after they were made. No vCPU is running."""
+        """Put the chips back to what they were after they were made, before devices reset and lower their lines.
+
+        No vCPU is running.
+        """
         for request, state in self._fresh:
             ioctl(self._vm, request, ctypes.create_string_buffer(state, len(state)))

@@ -177,10 +177,11 @@ class KvmVCpu(VCpu):
                 signal.pthread_kill(self._thread, kick.KICK_SIGNAL)
 
     def reset(self, start: CpuState) -> None:
-        """Everything to its state after RESET; on vCPU 0 also the registers of *start*, and the interrupt chips.
+        """Everything to its state after RESET; vCPU 0 then gets the registers of *start*.
 
         The other vCPUs wait for the start-up IPI that gives them theirs. The first reset is the time at which the
-        number of vCPUs is known, and with it what CPUID answers.
+        number of vCPUs is known, and with it what CPUID answers. The local APIC is reset here, the other chips by
+        ``irqchip.reset()``.
         """
         if self._new_state is None:
             accelerator = self._accelerator
@@ -195,8 +196,6 @@ class KvmVCpu(VCpu):
             )
             self._new_state = state.SavedState(self._fd, accelerator.msr_indices)
         elif not self._fresh:
-            if self.index == 0:
-                self._accelerator.irqchip.reset()
             self._new_state.restore(self._fd)
             self._fresh = True
         if self.index == 0:

@@ -168,16 +168,18 @@ class AddressSpace:
         new = [run for key, run in wanted.items() if key not in self._runs]
         for run in gone:
             self._unmap(run)
-        if any(run.kind is not RegionKind.MMIO for run in gone):
-            self.drop_translations()
         for run in new:
             self._map(run)
         self._runs = wanted
+        if any(run.kind is not RegionKind.MMIO for run in (*gone, *new)):
+            self.drop_translations()
 
     def drop_translations(self) -> None:
         """Forget all translated code and all cached page-table entries."""
         if self._stores is not None:
             self._stores.forget()
+            for run in self.roms():
+                self._stores.keep_slow(run.start, run.size)
         for control in (unicorn.UC_CTL_TB_FLUSH, unicorn.UC_CTL_TLB_FLUSH):
             self._engine.uc.ctl(control, unicorn.UC_CTL_IO_WRITE)
 

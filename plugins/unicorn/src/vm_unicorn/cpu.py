@@ -173,6 +173,9 @@ class UnicornCpu(VCpu):
         """The map is another; it is followed before the next block."""
         self._map_changed = True
         self.kick()
+        if self._slice and self._thread == threading.get_ident():
+            # In a handler, with the engine waiting for it: do not go on to the end of the slice.
+            self._engine.stop()
 
     @property
     def looks_at_every_block(self) -> bool:
@@ -187,7 +190,7 @@ class UnicornCpu(VCpu):
         """
         with self._guard:
             self._dirty.extend(ranges)
-            wait = self._running and self._control is None
+            wait = self._running and self._control is None and self._thread != threading.get_ident()
         self.kick()
         if wait:
             with self._cleaned:
@@ -307,6 +310,7 @@ class UnicornCpu(VCpu):
                 control.attention.value = 1
             return
         if taken >= 0:
+            self._closed_windows = 0
             self._delivery.deliver(taken, None)
             cpu.store()
         if not pending:

@@ -179,6 +179,12 @@ class FastStores:
         """All translations are gone; the caller empties the TLB too."""
         ctypes.memset(self._address, 0, self._size)
 
+    def keep_slow(self, start: int, size: int) -> None:
+        """Physical pages whose stores the engine must see in any case: its check of ROM is in the slow path as well."""
+        for page in range(start >> 12, (start + size) >> 12):
+            if page >> 3 < self._size:
+                self._bitmap[page >> 3] |= 1 << (page & 7)
+
 
 def install(engine: Engine, control: Control, internals: Internals, top: int) -> FastStores | None:
     """Put the wrapper in, if everything is as it must be. The engine has no memory mapped; registers are changed."""
