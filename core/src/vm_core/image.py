@@ -30,9 +30,9 @@ from .block.open import create_image, open_node
 from .errors import UsageError
 
 if TYPE_CHECKING:
-    from .block.gate import Gate
-
     from typing_extensions import Buffer as _Buffer
+
+    from .block.gate import Gate
 
 _MODES = {"r": (False, False), "r+": (True, False), "w": (True, True), "w+": (True, True), "x": (True, True)}
 
@@ -305,9 +305,10 @@ def create(
 ) -> None:
     """Create an image of *size* bytes (``"10G"`` will do), emptying what is at *path*.
 
-    With *backing* it is an overlay that holds only what differs from that image, whose *backing_format* has to be named;
-    *size* is then that image's, if not given. The other *options* are the format's create options, as after ``-o`` of
-    ``qemu-img create`` (with ``_`` for ``-``): ``cluster_size="2M"``. Raises ImageError, PluginError, UsageError.
+    With *backing* it is an overlay that holds only what differs from that image, whose *backing_format* has to be
+    named; *size* is then that image's, if not given. The other *options* are the format's create options, as after
+    ``-o`` of ``qemu-img create`` (with ``_`` for ``-``): ``cluster_size="2M"``. Raises ImageError, PluginError,
+    UsageError.
     """
     if isinstance(size, str):
         from .options import parse_size

@@ -126,7 +126,7 @@ def test_cache_modes(mode: str) -> None:
     assert node.log == [("write", 0, through), ("zero", K, through)]
     backend.write(0, b"x", fua=True)
     assert node.log[-1] == ("write", 0, mode != "unsafe")
-    node.log.clear()
+    node.log = []
     backend.flush()
     assert node.log == ([] if mode == "unsafe" else [("flush",)])
     backend.close()
@@ -134,7 +134,7 @@ def test_cache_modes(mode: str) -> None:
 
 def test_unknown_words_are_refused() -> None:
     """Cache modes, policies and engines are refused by name."""
-    with pytest.raises(UsageError, match="cache mode 'writebck'.*writeback"):
+    with pytest.raises(UsageError, match=r"cache mode 'writebck'.*writeback"):
         CacheMode.parse("writebck")
     with pytest.raises(UsageError, match="rerror=enospc"):
         BlockBackend(None, rerror="enospc")
@@ -299,7 +299,12 @@ def test_resize_tells_the_device() -> None:
 def test_read_only_drive_refuses_writes() -> None:
     """A read-only backend on a writable node fails every change with EACCES."""
     backend = BlockBackend(MemoryNode(bytes(K)), readonly=True)
-    for change in (lambda: backend.write(0, b"x"), lambda: backend.zero(0, 1), lambda: backend.discard(0, 1)):
+    changes: list[Callable[[], None]] = [
+        lambda: backend.write(0, b"x"),
+        lambda: backend.zero(0, 1),
+        lambda: backend.discard(0, 1),
+    ]
+    for change in changes:
         with pytest.raises(BlockError) as caught:
             change()
         assert caught.value.code == errno.EACCES

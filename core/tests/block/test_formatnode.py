@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import random
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -89,7 +90,7 @@ class Model(RuleBasedStateMachine):
             self.node.pwrite(offset, data)
             self.model[offset : offset + length] = data
         except BlockError as error:
-            assert error.code == errno.ENOSPC
+            assert error.code == errno.ENOSPC  # noqa: PT017 - it may also succeed
             now = self.node.pread(offset, length)
             for index, byte in enumerate(now):
                 assert byte in (self.model[offset + index], 0xEE)
@@ -207,7 +208,12 @@ def test_write_past_the_end_is_an_io_error() -> None:
 def test_read_only_node_refuses_changes() -> None:
     """Writing, zeroing and discarding a read-only image is refused."""
     node = open_toy(make(4 * CLUSTER), readonly=True)
-    for change in (lambda: node.pwrite(0, b"x"), lambda: node.zero(0, 10), lambda: node.discard(0, CLUSTER)):
+    changes: list[Callable[[], None]] = [
+        lambda: node.pwrite(0, b"x"),
+        lambda: node.zero(0, 10),
+        lambda: node.discard(0, CLUSTER),
+    ]
+    for change in changes:
         with pytest.raises(BlockError) as caught:
             change()
         assert caught.value.code == errno.EACCES
@@ -233,7 +239,7 @@ def test_contiguous_clusters_are_one_system_call() -> None:
     node = open_toy(FailingNode(make(64 * CLUSTER), note))
     calls.clear()
     node.pwrite(100, b"a" * (40 * CLUSTER))
-    assert [call for call in calls if call[0] == "write"] == [("write", 40 * CLUSTER + 0)] or len(calls) == 1
+    assert [operation for operation, _ in calls] == ["write"]
     calls.clear()
     assert node.pread(0, 64 * CLUSTER) == bytes(100) + b"a" * 40 * CLUSTER + bytes(24 * CLUSTER - 100)
     assert len(calls) == 1

@@ -27,7 +27,7 @@ def silent(text: str) -> None:
     pass
 
 
-def make(path: Path, size: int = 64 * K, **options: Any) -> str:
+def make(path: Path, size: int = 64 * K, **options: str) -> str:
     create_image(str(path), "toy", size, options, check_backing=False)
     return str(path)
 
@@ -144,11 +144,10 @@ def test_probed_raw_is_guarded_and_given_raw_is_not(tmp_path: Path) -> None:
     said: list[str] = []
     with open_node(str(path), readonly=False, warn=said.append) as node:
         assert isinstance(node, RawNode)
-        for write in (lambda: node.pwrite(0, b"TOYFxxxx"), lambda: node.pwrite(2, b"YF")):
-            if write.__code__.co_consts[1:2] != (2,):
-                with pytest.raises(BlockError) as caught:
-                    write()
-                assert caught.value.code == errno.EPERM
+        with pytest.raises(BlockError) as caught:
+            node.pwrite(0, b"TOYFxxxx")
+        assert caught.value.code == errno.EPERM
+        assert node.pread(0, 8) == bytes(8)
         node.pwrite(0, b"TO")
         with pytest.raises(BlockError):
             node.pwrite(2, b"YF")
@@ -195,7 +194,7 @@ def chain(directory: Path, names: list[str], **recorded: str) -> str:
         options: dict[str, str] = {}
         if below is not None:
             options = {"backing_file": below, "backing_fmt": "toy", **recorded}
-        make(directory / name, **options)
+        make(directory / name, 64 * K, **options)
         below = name
     return str(directory / names[-1])
 
@@ -206,7 +205,8 @@ def test_backing_chain_is_followed_in_the_own_directory(tmp_path: Path) -> None:
     fill(str(tmp_path / "base.toy"), b"base")
     with open_node(top) as node:
         assert node.pread(0, 4) == b"base"
-        assert node.backing is not None and node.backing.backing is not None
+        assert node.backing is not None
+        assert node.backing.backing is not None
         assert node.backing.backing.filename == str(tmp_path / "base.toy")
         assert node.backing.readonly
 
@@ -342,7 +342,7 @@ def test_snapshot_needs_its_format_by_name(tmp_path: Path) -> None:
     try:
         node = open_node(str(path), readonly=False, snapshot=True, format="raw")
     except PluginError as error:
-        assert "vm-qcow2" in str(error)
+        assert "vm-qcow2" in str(error)  # noqa: PT017 - or it is installed
         return
     with node:
         assert isinstance(node, FormatNode)
@@ -381,7 +381,7 @@ def test_two_writers_exclude_each_other(tmp_path: Path) -> None:
     """A second opening is refused while one writes; readers share; -U reads anyway."""
     name = make(tmp_path / "a.toy")
     with open_node(name, readonly=False):
-        with pytest.raises(LockError, match='Failed to get "write" lock.*Is another process using the image'):
+        with pytest.raises(LockError, match=r'Failed to get "write" lock.*Is another process using the image'):
             open_node(name, readonly=False)
         with pytest.raises(LockError, match='Failed to get shared "write" lock'):
             open_node(name)

@@ -35,6 +35,7 @@ CODE = bytes.fromhex(
     "baf803 ec 3c71 7403 ee ebed"  # mov dx, 0x3f8; in al, dx; cmp al, 'q'; je reset; out dx, al; jmp echo
     "b0fe e664 f4 ebfd"  # reset: mov al, 0xfe; out 0x64, al; hlt; jmp $-1
 )
+SEABIOS = "/usr/share/seabios/bios-256k.bin"
 GREETING = b"HELLO\r\n"
 
 
@@ -254,7 +255,7 @@ def terminal(rom: Path) -> Iterator[Terminal]:
 
 def test_a_terminal_shows_the_picture_then_the_guests_console(terminal: Terminal) -> None:
     """On a terminal the stack and phases are drawn until the guest prints; Ctrl-a reaches monitor and exit."""
-    shown = terminal.until(GREETING)
+    shown = terminal.until(b"HELLO")
     assert "8 MiB RAM" in shown
     assert "✓   devices realised" in shown
     assert shown.index("guest console") < shown.index("HELLO")
@@ -275,9 +276,22 @@ def test_a_terminal_shows_the_picture_then_the_guests_console(terminal: Terminal
     assert termios.tcgetattr(terminal.slave) == terminal.before
 
 
+@pytest.mark.skipif(not os.path.exists(SEABIOS), reason="SeaBIOS is not here: apt-get install seabios")
+def test_seabios_without_a_disk_is_told_phase_by_phase() -> None:
+    """Real firmware is named, the search for something to boot is shown, and its console follows when it gives up."""
+    made = Terminal("-bios", SEABIOS)
+    try:
+        shown = made.until(b"No bootable device.\r")
+        assert "✓   firmware          SeaBIOS (version" in shown
+        assert "boot device" in shown
+        assert shown.index("guest console") < shown.rindex("SeaBIOS (version")
+    finally:
+        made.close()
+
+
 def test_the_terminal_is_restored_when_a_signal_ends_the_machine(terminal: Terminal) -> None:
     """After SIGTERM the terminal is as it was, and the cursor is shown."""
-    terminal.until(GREETING)
+    terminal.until(b"HELLO")
     terminal.process.send_signal(signal.SIGTERM)
     assert terminal.process.wait(10) == 0
     assert termios.tcgetattr(terminal.slave) == terminal.before
@@ -287,7 +301,7 @@ def test_ctrl_c_ends_a_machine_whose_console_leaves_it_to_us(rom: Path) -> None:
     """With -serial stdio, as in QEMU, Ctrl-C ends the machine, and the terminal is restored."""
     made = Terminal("-serial", "stdio", "-bios", str(rom))
     try:
-        made.until(GREETING)
+        made.until(b"HELLO")
         # The run has no controlling terminal here, so the terminal's own signal is sent by hand.
         assert termios.tcgetattr(made.slave)[3] & termios.ISIG
         made.process.send_signal(signal.SIGINT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,6 +101,45 @@ def test_the_live_picture_shows_stack_phases_and_counters(drives: list[Drive]) -
     status.event("PHASE", {"phase": "kernel", "text": "late"})
     time.sleep(0.3)
     assert len(console.file.getvalue()) == size, "nothing is drawn once the guest has the terminal"
+
+
+def waiting_console(status: RichStatus, data: bytes) -> tuple[threading.Thread, list[bytes]]:
+    """A thread that waits to print *data*, and what it was given to print."""
+    printed: list[bytes] = []
+    thread = threading.Thread(target=lambda: printed.append(status.await_console(data)), daemon=True)
+    thread.start()
+    return thread, printed
+
+
+@pytest.mark.parametrize("end", ["boot-loader", "kernel", "key", "stop"])
+def test_firmware_waits_for_what_it_boots(drives: list[Drive], end: str) -> None:
+    """The firmware's own messages wait until a loader or kernel prints, a key is pressed, or the machine stops."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, height=50, color_system=None)
+    status = RichStatus(console)
+    status.begin("firmware")
+    status.event("PHASE", {"phase": "firmware", "text": "SeaBIOS"})
+    thread, printed = waiting_console(status, b"\x1bc\x1b[?7l\x1b[2J\x1b[0mSeaBIOS\r\n")
+    thread.join(0.4)
+    assert thread.is_alive(), "the console was given away too early"
+    if end == "key":
+        status.want_console()
+    elif end == "stop":
+        status.event("STOP", {})
+    else:
+        status.event("PHASE", {"phase": end, "text": "hello"})
+    thread.join(5)
+    assert printed == [b"SeaBIOS\r\n"], "what would clear the picture is taken out"
+    status.close()
+
+
+def test_unknown_firmware_is_shown_at_once(drives: list[Drive]) -> None:
+    """Firmware that does not announce itself gets the terminal with its first byte."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, height=50, color_system=None)
+    status = RichStatus(console)
+    status.begin("firmware")
+    thread, printed = waiting_console(status, b"hello")
+    thread.join(5)
+    assert printed == [b"hello"]
 
 
 def test_a_failed_start_is_marked(drives: list[Drive]) -> None:

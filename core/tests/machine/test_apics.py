@@ -234,6 +234,28 @@ def test_a_one_shot_timer_fires_once() -> None:
     assert len(ticks(board, 40000)) == 1
 
 
+class HastyClock(ManualClock):
+    """Every look at it takes a microsecond."""
+
+    def now_ns(self) -> int:
+        self._now += 1000
+        return self._now
+
+
+def test_a_count_that_is_over_before_the_write_returns_still_interrupts() -> None:
+    """A one-shot count shorter than the write of it takes is not lost, however often it is written."""
+    clock = HastyClock()
+    cpu = LocalApic(0, ApicBus(), clock, lambda: None)
+    cpu.write(SVR, 4, 0x1FF)
+    cpu.write(DIVIDE, 4, 11)
+    cpu.write(LVT_TIMER, 4, 0x40)
+    for _ in range(3):
+        cpu.write(INITIAL, 4, 15)
+        clock.run_due()
+        assert cpu.acknowledge() == 0x40
+        cpu.write(EOI, 4, 0)
+
+
 @pytest.mark.parametrize(("code", "divisor"), [(0, 2), (1, 4), (2, 8), (3, 16), (8, 32), (9, 64), (10, 128), (11, 1)])
 def test_the_divider_is_that_of_the_manual(code: int, divisor: int) -> None:
     """Bits 0, 1 and 3 of the divide register select 2 to 128, and 1."""

@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from qcow2_peer import Qemu  # noqa: E402
+from qcow2_peer import Qemu
 
 
 @pytest.fixture(scope="session")

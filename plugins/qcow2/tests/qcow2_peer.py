@@ -28,14 +28,16 @@ class Qemu:
 
     def img(self, *arguments: object, ok: tuple[int, ...] = (0,)) -> str:
         """qemu-img's output."""
-        done = subprocess.run([str(self.img_path), *map(str, arguments)], capture_output=True, text=True)
+        done = subprocess.run([str(self.img_path), *map(str, arguments)], capture_output=True, text=True, timeout=60)
         assert done.returncode in ok, f"qemu-img {arguments}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout
 
     def io(self, path: Path, *commands: str, options: tuple[str, ...] = ()) -> str:
         """qemu-io's output after *commands*."""
         script = [word for command in commands for word in ("-c", command)]
-        done = subprocess.run([str(self.io_path), *options, *script, str(path)], capture_output=True, text=True)
+        done = subprocess.run(
+            [str(self.io_path), *options, *script, str(path)], capture_output=True, text=True, timeout=60
+        )
         text = done.stdout + done.stderr
         assert done.returncode == 0, text
         assert "failed" not in text, text
@@ -49,7 +51,10 @@ class Qemu:
     def check(self, path: Path) -> dict[str, Any]:
         """The peer's check; its exit code under ``code`` (0 clean, 2 corrupt, 3 leaks)."""
         done = subprocess.run(
-            [str(self.img_path), "check", "-U", "-f", "qcow2", "--output=json", str(path)], capture_output=True, text=True
+            [str(self.img_path), "check", "-U", "-f", "qcow2", "--output=json", str(path)],
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         assert done.returncode in (0, 2, 3), done.stderr
         return {**json.loads(done.stdout), "code": done.returncode, "text": done.stderr}

@@ -8,8 +8,8 @@ With the write cache off, which is what cache modes ``writethrough`` and ``direc
 choose at run time, every change is stable before it completes.
 
 A failed request goes the way of the policy ``rerror`` (reads) or ``werror`` (everything else): ``report`` it to the
-guest, ``ignore`` it, ``stop`` the machine and keep the request for :meth:`BlockBackend.retry`, or ``enospc``: stop where
-the host's disk is full, else report.
+guest, ``ignore`` it, ``stop`` the machine and keep the request for :meth:`BlockBackend.retry`, or ``enospc``: stop
+where the host's disk is full, else report.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class BlockBackend:
         self.on_resize: list[Callable[[int], None]] = []
         #: Called with True when a medium was put in, False when it was taken out.
         self.on_medium_change: list[Callable[[bool], None]] = []
-        #: Called with a failed request and what is done about it, ``report``, ``ignore`` or ``stop``, on a worker thread.
+        #: Called with a failed request and what is done about it (report, ignore, stop), on a worker thread.
         self.on_error: list[Callable[[Request, str], None]] = []
         self._readonly = readonly
         self._node = node
@@ -381,7 +381,7 @@ class BlockBackend:
         return requests
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Wait until nothing is in flight: every completion has been handed over. False: not within *timeout* seconds."""
+        """Wait until every completion has been handed over. False: that took longer than *timeout* seconds."""
         with self._lock:
             return self._quiet.wait_for(lambda: not self._inflight, timeout)
 
@@ -447,7 +447,7 @@ class BlockBackend:
 
 
 def make_engine(name: str, host: BlockBackend, options: dict[str, Any]) -> Engine:
-    """The engine called *name*. Raises PluginError where it is not installed, UsageError for options it does not know."""
+    """The engine called *name*. Raises PluginError where it is not installed, UsageError for unknown options."""
     options = dict(options)
     implementation: Any
     if name == "threads":

@@ -17,6 +17,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import count
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -36,10 +37,8 @@ if TYPE_CHECKING:
 
 #: Vectors that one system call takes.
 IOV_MAX = 1024
-try:
+with suppress(AttributeError, OSError, ValueError):  # no sysconf (Windows), or it does not know
     IOV_MAX = os.sysconf("SC_IOV_MAX")
-except (AttributeError, OSError, ValueError):  # no sysconf (Windows), or it does not know
-    pass
 
 #: Bytes that a bounce buffer holds.
 BOUNCE = 1024 * 1024
@@ -298,7 +297,7 @@ class FileProtocol(Protocol):
         length = total(buffers)
         mask = self.request_alignment - 1
         try:
-            if not (offset | length) & mask and not any([buffer.nbytes & mask for buffer in buffers]):
+            if not (offset | length) & mask and not _ragged(buffers, mask):
                 try:
                     done = _preadv(self._fd, buffers[:IOV_MAX], offset)
                     if done == length:
@@ -386,7 +385,7 @@ class FileProtocol(Protocol):
                 ticket = self._blocks.exclusive(offset & ~mask, (offset + length + mask) & ~mask)
         try:
             done = 0
-            if aligned and not any([buffer.nbytes & mask for buffer in buffers]):
+            if aligned and not _ragged(buffers, mask):
                 try:
                     while done < length:
                         rest = buffers if not done else cut(buffers, done, length - done)
@@ -611,6 +610,11 @@ def _open(filename: str, *, readonly: bool, direct: bool) -> int:
 
         fcntl.fcntl(fd, 48, 1)  # F_NOCACHE
     return fd
+
+
+def _ragged(buffers: Sequence[Buffer], mask: int) -> bool:
+    """Whether any buffer's length is no multiple of the block."""
+    return any(buffer.nbytes & mask for buffer in buffers)
 
 
 def _preadv(fd: int, buffers: Sequence[Buffer], offset: int) -> int:

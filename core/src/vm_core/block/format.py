@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import UsageError
+from ..errors import ImageError, UsageError
 from .mapping import Allocation, Mapping
 
 if TYPE_CHECKING:
@@ -104,8 +104,18 @@ class Format(ABC):
         self.file.flush()
 
     def truncate(self, size: int) -> None:
-        """Change the virtual size; bytes gained read as zeroes (also where a backing image is longer)."""
+        """Change the virtual size. Bytes gained in whole clusters are UNALLOCATED or read as zeroes.
+
+        The core zeroes the rest of the former last cluster, and what a longer backing image would show.
+        """
         raise UsageError("this format cannot change an image's size")
+
+    def reopen(self, *, readonly: bool) -> None:
+        """Change between read-only and read-write; the storage is writable when this is called, either way.
+
+        A driver that keeps nothing which depends on it sets :attr:`readonly`; one that marks open images does so here.
+        """
+        raise ImageError(self.file.filename, "an image of this format cannot change between read-only and read-write")
 
     def close(self) -> None:
         """Write back what is cached (unless read-only). The core closes the children."""
@@ -119,7 +129,7 @@ class Format(ABC):
         return {}
 
     def check(self, *, repair: str = "") -> dict[str, Any]:
-        """Check the metadata; *repair* is ``""``, ``"leaks"`` or ``"all"``. Result in the shape of QEMU's ImageCheck."""
+        """Check the metadata; *repair* is ``""``, ``"leaks"`` or ``"all"``. Result shaped as QEMU's ImageCheck."""
         raise UsageError("this format cannot be checked")
 
     @classmethod

@@ -16,22 +16,22 @@ for as long. Why that is enough:
 1. *No stale mapping is used.* A mapping that a reader or in-place writer holds is of guest bytes on which it has a
    ticket, and only the holder of an exclusive ticket on those bytes can change it.
 2. *No freed cluster is reused under a reader.* A host cluster is given back by a driver call that takes it away from
-   some guest range, made under that range's exclusive ticket; every reader that could have the cluster's address was on
-   that range and is gone. A cluster shared by several guest ranges (compressed, deduplicated) is given back only when
-   the last of them lets go, and the same holds for each.
-3. *Copy-on-write sees a stable world.* The head and tail that a fresh cluster needs are read under the exclusive ticket,
-   so no in-place write can slip between that copy and ``commit``.
+   some guest range, made under that range's exclusive ticket; every reader that could have the cluster's address was
+   on that range and is gone. A cluster shared by several guest ranges (compressed, deduplicated) is given back only
+   when the last of them lets go, and the same holds for each.
+3. *Copy-on-write sees a stable world.* The head and tail that a fresh cluster needs are read under the exclusive
+   ticket, so no in-place write can slip between that copy and ``commit``.
 4. *Two writers never allocate the same cluster twice*: the second waits, then finds it in place.
 5. *Overlapping in-place writes* are not ordered. Neither are they by a disk.
 
-Order: a request takes tickets from the top of the graph downwards and at most one a node and level, so there is no cycle
-(see ``rangelock.py`` for the queueing). A ticket is never upgraded; a writer that finds it must allocate drops its shared
-ticket and asks anew for an exclusive one.
+Order: a request takes tickets from the top of the graph downwards and at most one a node and level, so there is no
+cycle (see ``rangelock.py`` for the queueing). A ticket is never upgraded; a writer that finds it must allocate drops
+its shared ticket and asks anew for an exclusive one.
 
-A write to a fresh allocation is ``allocate`` → data → ``commit``; if the data cannot be written, ``abort``. The driver
-owns the order in which metadata becomes stable; :meth:`FormatNode.flush` makes the data stable first, outside the mutex,
-so that the driver's own flush of the file usually finds nothing left to do. With ``fua`` a write is followed by that
-flush: data in a cluster whose mapping is not on disk is not on disk either.
+A write to a fresh allocation is ``allocate`` → data → ``commit``; if the data cannot be written, ``abort``. The
+driver owns the order in which metadata becomes stable; :meth:`FormatNode.flush` makes the data stable first, outside
+the mutex, so that the driver's own flush of the file usually finds nothing left to do. With ``fua`` a write is
+followed by that flush: data in a cluster whose mapping is not on disk is not on disk either.
 
 Runs that only the driver can read (SPECIAL: compressed, encrypted) are transformed without any mutex, under the shared
 ticket. A partial read transforms a whole unit; the last few are kept, since guests read sequentially in small pieces.
@@ -523,7 +523,13 @@ class FormatNode(ImageNode):
         if self.readonly:
             raise self.read_only_error()
         with self._exclusive(0, EVERYTHING), self._mutex:
+            former = self.format.size
             self.format.truncate(size)
+        # The rest of the last cluster may hold anything, and a backing image that is longer would show through.
+        unit, below = self.cluster_size, self._backing.size if self._backing is not None else 0
+        gained = min(size, max(-(-former // unit) * unit, below))
+        if former < gained:
+            self._zero(former, gained - former, False, False)
 
     @_as_block_errors
     def map(self, offset: int, length: int) -> Iterator[Mapping]:
@@ -551,6 +557,28 @@ class FormatNode(ImageNode):
         finally:
             self._ranges.release(ticket)
         return bytes(data)
+
+    def reopen(self, *, readonly: bool) -> None:
+        if readonly == self.readonly:
+            return
+        if readonly:
+            self.flush()
+        with self._exclusive(0, EVERYTHING):
+            if not readonly:
+                self.format.file.reopen(readonly=False)
+            try:
+                with self._mutex:
+                    self.format.reopen(readonly=readonly)
+            except BaseException:
+                if not readonly:
+                    self.format.file.reopen(readonly=True)
+                raise
+            if readonly:
+                self.format.file.reopen(readonly=True)
+            self.readonly = readonly
+
+    def invalidate(self) -> None:
+        self.format.file.invalidate()
 
     def identity(self) -> tuple[Any, ...] | None:
         return self.format.file.identity()

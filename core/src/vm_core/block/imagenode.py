@@ -16,7 +16,7 @@ from .vectors import is_zero, total
 
 
 class ImageNode(Node):
-    """A format or raw node: checks each change, applies the policies and hands it to ``_write``, ``_zero``, ``_discard``."""
+    """A format or raw node: checks each change, applies the policies, hands it on to ``_write`` and so on."""
 
     #: Whether a discard reaches the storage.
     discard_unmap: bool = True

@@ -80,7 +80,7 @@ class Node(ABC):
         raise self.read_only_error()
 
     def reserve(self, offset: int, length: int, *, full: bool = False) -> None:
-        """Set host space aside for a range that reads as zeroes, by writing it where *full* or nothing else is known."""
+        """Set host space aside for a range that reads as zeroes; by writing it if *full* or if there is no other way."""
         from .vectors import zero_views
 
         while length > 0:
@@ -99,7 +99,7 @@ class Node(ABC):
         return None
 
     def lease_runs(self, ranges: Sequence[tuple[int, int]]) -> tuple[FormatNode, int, list[Mapping]] | None:
-        """For :func:`vm_core.block.extents.plan`: lock the hull of the (offset, length) *ranges* for reading and map them.
+        """For :func:`vm_core.block.extents.plan`: lock the hull of the (offset, length) *ranges*, map them.
 
         Returns the node, its lock's ticket and the runs; None from a node that is simply read.
         """

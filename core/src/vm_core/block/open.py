@@ -8,13 +8,13 @@ A *spec* is one of
 * QEMU's dotted options, ``driver=qcow2,file.filename=disk.qcow2,backing.driver=raw``;
 * a dict of such options, nested or dotted, whose children may also be open :class:`~vm_core.block.node.Node` objects.
 
-A child is given by its options or by the ``node-name`` of a node that is already open; such a node stays its owner's and
-is not closed with the new one.
+A child is given by its options or by the ``node-name`` of a node that is already open; such a node stays its owner's
+and is not closed with the new one.
 
 Options of every node: ``driver``, ``node-name``, ``read-only``, ``auto-read-only``, ``force-share``, ``discard``
-(ignore, unmap), ``detect-zeroes`` (off, on, unmap), ``cache.direct``, ``cache.no-flush``. Of every image: ``file``, and
-``backing`` where the format has backing images: options, a node's name, ``null`` or nothing for none, ``follow`` to open
-what the image names as QEMU would. All other options are the driver's, checked against its descriptor.
+(ignore, unmap), ``detect-zeroes`` (off, on, unmap), ``cache.direct``, ``cache.no-flush``. Of every image: ``file``,
+and ``backing`` where the format has backing images: options, a node's name, ``null`` or nothing for none, ``follow``
+to open what the image names as QEMU would. All other options are the driver's, checked against its descriptor.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import re
 import stat
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from ..errors import GateError, ImageError, LockError, UsageError, VmError
@@ -249,8 +249,8 @@ def create_image(
 ) -> None:
     """Create an image of *size* bytes, of the backing image's size where that is None, with the create *options*.
 
-    *options* are strings or typed values, as after ``-o``. Refuses to overwrite an image that is in use. Nothing is left
-    behind of a new file when it fails. Raises ImageError, PluginError or UsageError.
+    *options* are strings or typed values, as after ``-o``. Refuses to overwrite an image that is in use. Nothing is
+    left behind of a new file when it fails. Raises ImageError, PluginError or UsageError.
     """
     from ..descriptors import FormatDriver
     from ..options import typed
@@ -836,10 +836,8 @@ def _warn(text: str) -> None:
 @contextmanager
 def _ignored() -> Iterator[None]:
     """Clearing up after a failure: the failure is what will be told."""
-    try:
+    with suppress(OSError, VmError):
         yield
-    except (OSError, VmError):
-        pass
 
 
 @contextmanager

@@ -57,7 +57,8 @@ class RangeLock:
         """Give a ticket back. Call with :attr:`mutex` held."""
         if self._held.pop(ticket)[2]:
             self._exclusives -= 1
-        pass
+        if self._waiting:
+            self._changed.notify_all()
 
     def release(self, ticket: int) -> None:
         """Give a ticket back. Call without :attr:`mutex`."""

@@ -178,6 +178,9 @@ class RawNode(ImageNode):
             self.file.reopen(readonly=readonly)
             self.readonly = readonly
 
+    def claim(self) -> None:
+        self.file.claim()
+
     def invalidate(self) -> None:
         self.file.invalidate()
 

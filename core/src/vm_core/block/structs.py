@@ -129,6 +129,6 @@ class Record:
         return f"{type(self).__name__}({inside})"
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and list(self.items()) == list(other.items())  # type: ignore[attr-defined]
+        return type(other) is type(self) and list(self.items()) == list(other.items())
 
     __hash__ = None  # type: ignore[assignment]

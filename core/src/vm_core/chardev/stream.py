@@ -23,9 +23,9 @@ _QUEUE_LIMIT = 4 << 20
 
 
 class Writer:
-    """Writes queued bytes to a descriptor in a thread of its own, in order; *before* is called before the first."""
+    """Writes queued bytes to a descriptor in a thread of its own, in order; *before* may change the first of them."""
 
-    def __init__(self, fd: int, name: str, before: Callable[[], object] | None = None) -> None:
+    def __init__(self, fd: int, name: str, before: Callable[[bytes], bytes] | None = None) -> None:
         self._fd = fd
         self._before = before
         self._queue: list[bytes] = []
@@ -74,7 +74,7 @@ class Writer:
                 self._size = 0
                 self._changed.notify_all()
             if self._before is not None:
-                self._before()
+                data = self._before(data)
                 self._before = None
             view = memoryview(data)
             try:
@@ -94,8 +94,10 @@ class Stream(Chardev):
         self._out: int | None = None
         self._loop: Loop | None = None
         self._writer: Writer | None = None
-        #: Called before the first byte is written, in the thread that writes.
-        self.before_output: Callable[[], object] | None = None
+        #: Called with the first bytes to be written, in the thread that writes; what it returns is written.
+        self.before_output: Callable[[bytes], bytes] | None = None
+        #: Called when bytes have come in, before they are handed on.
+        self.before_input: Callable[[], object] | None = None
 
     def start(self, loop: Loop, read_fd: int | None, write_fd: int | None) -> None:
         """Begin on these descriptors."""
@@ -124,6 +126,8 @@ class Stream(Chardev):
         except OSError:
             data = b""
         if data:
+            if self.before_input is not None:
+                self.before_input()
             self.on_data(data)
         else:
             self._loop.remove_reader(self._in)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -28,6 +30,15 @@ _ROLE_STYLES = {
 
 #: Times per second that the picture is drawn.
 _RATE = 10
+#: Seconds without a new phase after which the console is shown: while the firmware looks for something to boot, and
+#: when it has found it and nothing we know announces itself.
+_PATIENCE = {"firmware": 10.0, "boot-device": 1.5}
+
+#: What firmware sends first to a terminal it knows nothing about: reset, no line wrap, clear, plain colours. The
+#: terminal is in order, and the picture should stay.
+_CLEARING = re.compile(rb"\A(?:\x1bc|\x1b\[\?7l|\x1b\[2J|\x1b\[H|\x1b\[0m)+")
+
+_CLEAR = re.compile(rb"\x1bc|\x1b\[[0-3]?J")
 
 
 class RichStatus(Status):
@@ -43,6 +54,7 @@ class RichStatus(Status):
         self._stopping = threading.Lock()
         self._over = False
         self._final = False
+        self._wanted = threading.Event()
         self._live = Live(
             get_renderable=self.render,
             console=self.console,
@@ -56,6 +68,30 @@ class RichStatus(Status):
     def assembled(self, assembly: Assembly) -> None:
         super().assembled(assembly)
         self._picture = _tree(assembly)
+
+    def event(self, name: str, data: dict[str, Any]) -> None:
+        super().event(name, data)
+        if name in ("STOP", "SHUTDOWN", "INTERNAL_ERROR"):
+            self.want_console()
+
+    def want_console(self) -> None:
+        self._wanted.set()
+
+    def await_console(self, data: bytes) -> bytes:
+        """Hold the firmware's messages back: the picture says the same. A boot loader or kernel gets the terminal."""
+        while not self._wanted.wait(0.05):
+            with self._lock:
+                phase = self.phases[-1]
+            patience = _PATIENCE.get(phase.name, 0.0) if phase.text else 0.0
+            if time.monotonic() - phase.began >= patience:
+                break
+        self.hand_over()
+        data = _CLEARING.sub(b"", data)
+        if _CLEAR.search(data):
+            # A boot loader clears the screen: push the picture up, where scrolling back finds it.
+            self.console.file.write("\n" * self.console.height)
+            self.console.file.flush()
+        return data
 
     def warn(self, text: str) -> None:
         self.console.print(Text(f"vm: warning: {text}", style="yellow"))
@@ -71,6 +107,7 @@ class RichStatus(Status):
 
     def close(self) -> None:
         """Leave what was drawn, without the line that announces the guest's console; nothing if there is no machine."""
+        self.want_console()
         with self._stopping:
             if not self._over:
                 self._over = self._final = True

@@ -154,13 +154,17 @@ class Run:
             )
         )
         if self.consoles.stdio is not None:
-            self.consoles.stdio.before_output = self.status.hand_over
+            self.consoles.stdio.before_output = self.status.await_console
+            self.consoles.stdio.before_input = self.status.want_console
         with self._signals(machine):
+            self.status.begin("firmware" if "kernel" not in self.line else "kernel", "paused" if paused else "")
+            # Reset first, then let input in, then run: a reset would lose what was typed ahead.
+            machine.start(paused=True)
             self.consoles.open(machine)
-            self.status.begin("firmware", "paused" if paused else "")
-            machine.start(paused=paused)
             self.started = True
             self.commands.start()
+            if not paused:
+                machine.cont()
             machine.wait()
         return 0
 

@@ -26,6 +26,7 @@ PHASES: dict[str, str] = {
     "devices": "devices realised",
     "firmware": "firmware",
     "boot-device": "boot device",
+    "boot-loader": "boot loader",
     "kernel": "kernel",
 }
 
@@ -97,6 +98,11 @@ class Status:
             self.begin(str(data.get("phase", "")), str(data.get("text", "")))
         elif name == "RESET":
             self.begin("firmware", "reset")
+        elif name == "RESUME":
+            self.paused = False
+            with self._lock:
+                if self.phases and self.phases[-1].text == "paused":
+                    self.phases[-1].text = ""
 
     def changed(self, phase: Phase) -> None:
         """*phase* began, ended or has another text."""
@@ -107,6 +113,14 @@ class Status:
 
     def hand_over(self) -> None:
         """The guest's console has the terminal from now on. Any thread; returns when nothing more will be written."""
+
+    def await_console(self, data: bytes) -> bytes:
+        """The guest's first output, *data*, waits: return when the terminal is its own, with what is to be printed."""
+        self.hand_over()
+        return data
+
+    def want_console(self) -> None:
+        """Somebody wants to see the guest's console now: a key was pressed. Any thread."""
 
     def fail(self) -> None:
         """The phase that runs did not succeed; the error follows."""

@@ -42,10 +42,10 @@ class Device(ABC):
         Raises UsageError where the address is taken or does not exist, or a needed backend is missing.
         """
 
-    def reset(self) -> None:  # noqa: B027 - devices without registers need none
+    def reset(self) -> None:
         """Return to the power-on state. Called with the lock held; requests in flight were drained."""
 
-    def unrealize(self) -> None:  # noqa: B027
+    def unrealize(self) -> None:
         """Unplug: release ports, memory and interrupts."""
 
     def boot_path(self) -> str | None:

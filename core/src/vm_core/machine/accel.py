@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from types import TracebackType
 from typing import Protocol
 
 import attrs
@@ -83,7 +84,13 @@ class LockLike(Protocol):
 
     def __enter__(self) -> object: ...
 
-    def __exit__(self, *exc: object) -> object: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+        /,
+    ) -> bool | None: ...
 
 
 @attrs.define
@@ -190,7 +197,7 @@ class Accelerator(ABC):
         """
         return False
 
-    def unbind_msi(self, fd: int) -> None:  # noqa: B027
+    def unbind_msi(self, fd: int) -> None:
         """Undo :meth:`bind_msi`."""
 
     def close(self) -> None:

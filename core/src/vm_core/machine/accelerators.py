@@ -41,7 +41,9 @@ def choose(machine: Machine, wanted: Sequence[AccelConfig]) -> Accelerator:
             refused.append(f"{config.name}: {available.reason}")
             continue
         if config.name in fast_only and not available.hardware_speed:
-            refused.append(f"{config.name}: {available.reason or 'not at hardware speed here'} (-accel kvm uses it anyway)")
+            refused.append(
+                f"{config.name}: {available.reason or 'not at hardware speed here'} (-accel kvm uses it anyway)"
+            )
             continue
         options = dict(config.options)
         try:

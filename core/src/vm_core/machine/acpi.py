@@ -62,7 +62,7 @@ class AcpiTables:
     checksums: list[tuple[int, int]]
 
     def rsdp(self, address: int = 0) -> bytes:
-        """5.2.5.3, revision 0: signature, checksum, OEM id, revision, address of the RSDT (*address* plus its offset)."""
+        """5.2.5.3, revision 0: signature, checksum, OEM id, revision, RSDT (its offset plus *address*)."""
         return struct.pack("<8sB6sBI", b"RSD PTR ", 0, OEM_ID, 0, address + self.rsdt)
 
     def placed(self, address: int) -> tuple[bytes, bytes]:

@@ -1,7 +1,7 @@
 """Boards: from a configuration to a machine.
 
-The one board is ``pc``: an i440FX host bridge and a PIIX3 with the devices of a PC, plus every installed device that has
-a place of its own on it (the PIIX3's IDE controller, say).
+The one board is ``pc``: an i440FX host bridge and a PIIX3 with the devices of a PC, plus every installed device that
+has a place of its own on it (the PIIX3's IDE controller, say).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .chipset.debug import DebugConsole, PostCode
 from .chipset.dma8237 import IsaDma
 from .chipset.fw_cfg import FwCfg
 from .chipset.i440fx import FOUR_GIB, PAM0, PCI_HOLE, HostBridge
-from .chipset.i8042 import CommandPort, I8042
+from .chipset.i8042 import I8042, CommandPort
 from .chipset.pic import ElcrPorts, PicPair, PicPorts
 from .chipset.piix3 import IsaBridge
 from .chipset.pit import Pit, Port61

@@ -1,4 +1,4 @@
-"""The order in which firmware tries devices: ``bootindex`` as the ``bootorder`` file, ``-boot order=`` as CMOS bytes."""
+"""Which devices firmware tries, in order: ``bootindex`` as the ``bootorder`` file, ``-boot order=`` as CMOS bytes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ def cmos_order(letters: str) -> tuple[int, int]:
     numbers = []
     for letter in letters:
         if letter not in _LETTERS:
-            raise UsageError(f"-boot order={letters}: {letter!r} is not one of a (floppy), c (disk), d (CD-ROM), n (net)")
+            raise UsageError(
+                f"-boot order={letters}: {letter!r} is not one of a (floppy), c (disk), d (CD-ROM), n (net)"
+            )
         if letters.count(letter) > 1:
             raise UsageError(f"-boot order={letters}: {letter!r} is given twice")
         numbers.append(_LETTERS[letter])

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 NANOSECONDS = 1_000_000_000
+#: Entries in the queue that make it worth looking for forgotten ones; more than a machine has timers.
+FORGOTTEN = 4096
 
 
 class Alarm(Protocol):
@@ -118,6 +120,10 @@ class Clock:
 
     def _push(self, at_ns: int, serial: int, timer: Timer) -> None:
         self._order += 1
+        if len(self._heap) > FORGOTTEN:
+            # Entries of timers that were armed anew or cancelled stay until their time comes: drop them now and then.
+            self._heap = [entry for entry in self._heap if entry[3]._serial == entry[2]]
+            heapq.heapify(self._heap)
         heapq.heappush(self._heap, (at_ns, self._order, serial, timer))
         if self._running and (self._waking_at is None or at_ns < self._waking_at):
             self._set_alarm()

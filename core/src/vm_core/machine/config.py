@@ -37,7 +37,7 @@ class DriveConfig:
 
 @attrs.define
 class DeviceConfig:
-    """One ``-device``. *options* hold ``id``, ``bus``, ``addr``, ``bootindex`` and the driver's own, without ``drive``."""
+    """One ``-device``. *options*: ``id``, ``bus``, ``addr``, ``bootindex`` and the driver's own, without ``drive``."""
 
     driver: str
     options: dict[str, Any] = attrs.field(factory=dict)

@@ -19,7 +19,7 @@ import time
 from ..chardev.base import Chardev, Loop
 
 
-class ConsoleTimeout(Exception):
+class ConsoleTimeoutError(Exception):
     """The text did not come; the message shows the end of what did."""
 
 
@@ -65,7 +65,7 @@ class Console(Chardev):
     def wait_for(self, pattern: str, timeout: float = 30.0) -> re.Match[bytes]:
         """Wait until *pattern* (a regular expression) appears behind what was found before; returns the match.
 
-        Raises ConsoleTimeout after *timeout* seconds.
+        Raises ConsoleTimeoutError after *timeout* seconds.
         """
         compiled = re.compile(pattern.encode(), re.MULTILINE)
         deadline = time.monotonic() + timeout
@@ -82,4 +82,6 @@ class Console(Chardev):
                 left = deadline - time.monotonic()
                 if left <= 0 or not self._changed.wait(left):
                     tail = bytes(self._data[-2000:]).decode("utf-8", "replace")
-                    raise ConsoleTimeout(f"{pattern!r} did not appear in {timeout:g} s; the console ends with:\n{tail}")
+                    raise ConsoleTimeoutError(
+                        f"{pattern!r} did not appear in {timeout:g} s; the console ends with:\n{tail}"
+                    )

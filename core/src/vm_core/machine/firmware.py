@@ -1,7 +1,7 @@
 """Firmware: finding an image, and putting it where the processor starts.
 
-The image ends at 4 GiB, and its last 128 KiB appear once more below 1 MiB, until the host bridge's PAM registers put RAM
-there (see :mod:`.chipset.i440fx`).
+The image ends at 4 GiB, and its last 128 KiB appear once more below 1 MiB, until the host bridge's PAM registers put
+RAM there (see :mod:`.chipset.i440fx`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def directories() -> Iterator[str]:
 
 
 def find(bios: str | None = None) -> str:
-    """The path of the image: *bios* (a path, or a name to look for), else SeaBIOS. Raises UsageError with the remedy."""
+    """The path of the image: *bios* (a path or a name to look for), else SeaBIOS. Raises UsageError with the remedy."""
     if bios is not None and (os.path.exists(bios) or os.path.basename(bios) != bios):
         return bios
     name = bios or NAME

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     import asyncio
 
+    from .timerfd import TimerFd
+
 T = TypeVar("T")
 
 Callback = Callable[[], object]
@@ -35,6 +37,7 @@ class IoThread:
         self._closed = False
         self._alarm: asyncio.TimerHandle | None = None
         self._alarm_at: float | None = None
+        self._timer: TimerFd | None = None
         #: Called when the alarm of :meth:`wake_in` goes off.
         self.on_alarm: Callback = lambda: None
 
@@ -73,8 +76,18 @@ class IoThread:
     def _main(self, ready: threading.Event) -> None:
         import asyncio
 
+        from .timerfd import TimerFd
+
+        timer: TimerFd | None
         loop = asyncio.SelectorEventLoop()
         asyncio.set_event_loop(loop)
+        try:
+            # Exact to microseconds, where the loop's own timers are rounded up to milliseconds.
+            timer = TimerFd()
+            loop.add_reader(timer.fd, self._run, self._on_timer)
+            self._timer = timer
+        except OSError:
+            timer = None
         with self._mutex:
             self._loop = loop
             self._woken = True
@@ -84,6 +97,8 @@ class IoThread:
             loop.run_forever()
         finally:
             loop.close()
+            if timer is not None:
+                timer.close()
 
     # Work for the loop.
 
@@ -193,6 +208,9 @@ class IoThread:
 
     def wake_in(self, nanoseconds: int | None) -> None:
         """Call :attr:`on_alarm` after that much time, in place of what was asked before; None: never. Any thread."""
+        if self._timer is not None:
+            self._timer.set(nanoseconds)
+            return
         # The wish is kept as a moment, and whoever sets the alarm takes the newest one: a wish that waits in the queue
         # must not replace one that the I/O thread made meanwhile.
         self._alarm_at = None if nanoseconds is None else time.monotonic() + nanoseconds / 1e9
@@ -213,6 +231,11 @@ class IoThread:
     def _on_alarm(self) -> None:
         self._alarm = None
         self._alarm_at = None
+        self.on_alarm()
+
+    def _on_timer(self) -> None:
+        assert self._timer is not None
+        self._timer.clear()
         self.on_alarm()
 
 

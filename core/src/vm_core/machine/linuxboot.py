@@ -1,7 +1,7 @@
 """Booting a Linux kernel directly: the 32-bit boot protocol, without firmware.
 
-Theory of operation. The kernel image (bzImage) carries a header that says what it wants. Its protected-mode part goes to
-1 MiB, command line and boot parameters below, the initial RAM disk as high as the header allows, and the processor
+Theory of operation. The kernel image (bzImage) carries a header that says what it wants. Its protected-mode part goes
+to 1 MiB, command line and boot parameters below, the initial RAM disk as high as the header allows, and the processor
 starts at 1 MiB in flat 32-bit mode with ESI pointing to the boot parameters. What firmware would have done on the way
 (PCI windows, interrupt routing, ACPI tables) is done by the board; see :mod:`.pcisetup` and :mod:`.acpi`.
 
@@ -149,7 +149,9 @@ class LinuxBoot:
         self.initrd_address = (top - len(self.initrd)) & -PAGE
         if self.initrd and self.initrd_address < end:
             needed = _mib(end + len(self.initrd) + PAGE)
-            raise UsageError(f"-initrd {initrd}: with the kernel it needs {needed} MiB of RAM: give -m {needed} or more")
+            raise UsageError(
+                f"-initrd {initrd}: with the kernel it needs {needed} MiB of RAM: give -m {needed} or more"
+            )
 
     def load(self, memory: GuestMemory, e820: list[E820], rsdp: int) -> None:
         """Put everything into *memory*. *rsdp* is the address of ACPI's root pointer."""

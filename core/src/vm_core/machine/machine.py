@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError, VmError
-from .accel import Accelerator, CpuInterrupts, CpuState, InterruptController, VCpu
+from .accel import Accelerator, CpuInterrupts, CpuState, InterruptController, LockLike, VCpu
 from .bootorder import BootOrder
 from .clock import Clock
 from .events import EventHub
@@ -77,7 +77,7 @@ class Machine:
         self.memory = memory
         self.ports = PortSpace()
         #: The device lock. Held around register handlers and timer callbacks, never across host I/O.
-        self.lock = threading.RLock()
+        self.lock: LockLike = threading.RLock()
         self.events = EventHub()
         self.iothread = iothread or IoThread(self._callback_failed)
         self.clock = clock or Clock(self.iothread)
@@ -97,7 +97,7 @@ class Machine:
         self.dma: IsaDma | None = None
         #: Parts of the board that are no devices (chipset, firmware), reset before the devices, in this order.
         self.on_reset: list[Callable[[], object]] = []
-        #: Called after all devices were reset, with the lock held: a board that boots without firmware does its work here.
+        #: Called after all devices were reset, with the lock held: a board without firmware does its work here.
         self.after_reset: list[Callable[[], object]] = []
         #: Called when the operator presses the power button; set by the board's power management.
         self.on_powerdown: Callable[[], object] | None = None
@@ -122,7 +122,7 @@ class Machine:
         self._completions = 0
         self._exit = threading.Event()
         self._exit_reason: ExitReason | None = None
-        self._reset_pending = False
+        self._started = False
         self._closed = False
         self._old_switch_interval: float | None = None
 
@@ -192,11 +192,7 @@ class Machine:
             return
         self.backends.append(backend)
         backend.set_completion_sink(self._completed)
-        on_error = getattr(backend, "on_error", None)
-        if isinstance(on_error, list):
-            on_error.append(self._io_error)
-        else:
-            backend.on_error = self._io_error
+        backend.on_error.append(self._io_error)
 
     def _completed(self, requests: list[Request]) -> None:
         """Completed requests, on whatever thread the backend completes them."""
@@ -264,10 +260,19 @@ class Machine:
             return
         self._controlling = True
         try:
-            while self._waiting_controls:
-                self._waiting_controls.pop(0)()
+            self._waiting_controls.pop(0)()
         finally:
             self._controlling = False
+            while self._waiting_controls:
+                # Asked for meanwhile by somebody who does not wait: nobody else hears of a failure.
+                following = self._waiting_controls.pop(0)
+                self._controlling = True
+                try:
+                    following()
+                except Exception as error:
+                    self._callback_failed(error)
+                finally:
+                    self._controlling = False
 
     def _halt_vcpus(self) -> None:
         """Return when no vCPU is in run(). Called without the device lock."""
@@ -316,9 +321,7 @@ class Machine:
             self.clock.start()
         if was is RunState.IO_ERROR:
             for backend in self.backends:
-                retry = getattr(backend, "retry", None)
-                if retry is not None:
-                    retry()
+                backend.retry()
         self.events.emit("RESUME")
         self._release_vcpus()
 
@@ -326,8 +329,9 @@ class Machine:
 
     def start(self, *, paused: bool = False) -> None:
         """Make the vCPUs, reset everything and run; *paused*: wait for :meth:`cont`."""
-        if self.vcpus or self._closed:
+        if self._started or self._closed:
             raise RuntimeError("a machine is started once")
+        self._started = True
         self._old_switch_interval = sys.getswitchinterval()
         sys.setswitchinterval(min(self._old_switch_interval, SWITCH_INTERVAL))
         self.iothread.start()
@@ -358,10 +362,6 @@ class Machine:
         self._control(self._cont)
 
     def _cont(self) -> None:
-        if self._reset_pending and self.status is RunState.SHUTDOWN:
-            self._reset_pending = False
-            self._reset_all()
-            self.status = RunState.PAUSED
         if self.status is RunState.INTERNAL_ERROR:
             raise UsageError(f"the machine cannot go on: {self.error}")
         if self.status is RunState.SHUTDOWN:
@@ -411,7 +411,7 @@ class Machine:
             return
         self.events.emit("RESET", guest=guest, reason=reason or "host-qmp-system-reset")
         if self.no_reboot:
-            self._shutdown(ExitReason.GUEST_RESET, final=True)
+            self._shutdown(ExitReason.GUEST_RESET if guest else ExitReason.HOST_QMP_SYSTEM_RESET, final=True)
             return
         running = self.status is RunState.RUNNING
         self._halt_vcpus()
@@ -439,8 +439,9 @@ class Machine:
         if self._exit.is_set():
             return
         if self.status is not RunState.SHUTDOWN:
+            if self._started:
+                self.events.emit("SHUTDOWN", guest=reason.guest, reason=str(reason))
             self._stop(RunState.SHUTDOWN)
-            self.events.emit("SHUTDOWN", guest=reason.guest, reason=str(reason))
         if final or not self.no_shutdown:
             self._exit_reason = reason
             self._exit.set()

@@ -12,6 +12,7 @@ import mmap
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from enum import Enum
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 PAGE = 4096
@@ -43,7 +44,7 @@ class RegionKind(Enum):
 class Region:
     """A range of the guest-physical address space. *backing* is where its bytes are in the buffer (RAM and ROM)."""
 
-    __slots__ = ("name", "start", "size", "kind", "backing", "handler", "priority", "enabled")
+    __slots__ = ("backing", "enabled", "handler", "kind", "name", "priority", "size", "start")
 
     def __init__(
         self,
@@ -188,7 +189,7 @@ def _flatten(regions: Iterable[Region]) -> list[FlatRange]:
     live = [(r.priority, i, r) for i, r in enumerate(regions) if r.enabled and r.size]
     cuts = sorted({p for _, _, r in live for p in (r.start, r.start + r.size)})
     flat: list[FlatRange] = []
-    for low, high in zip(cuts, cuts[1:], strict=False):
+    for low, high in pairwise(cuts):
         covering = [t for t in live if t[2].start <= low and high <= t[2].start + t[2].size]
         if not covering:
             continue

@@ -6,7 +6,8 @@ import re
 
 from .events import EventHub
 
-_BOOTING = re.compile(r"Booting from (?P<what>.+?)\.{0,3}$")
+#: The device, and not the address that is jumped to in the end.
+_BOOTING = re.compile(r"Booting from (?![0-9a-f]{4}:[0-9a-f]{4})(?P<what>.+?)\.{0,3}$")
 _NOTHING = re.compile(r"(No bootable device.*|Boot failed.*)")
 _FIRMWARE = re.compile(r"(SeaBIOS \(version [^)]*\))")
 

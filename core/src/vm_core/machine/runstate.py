@@ -23,6 +23,8 @@ class ExitReason(StrEnum):
     GUEST_SHUTDOWN = "guest-shutdown"
     #: The guest reset the machine, under -no-reboot.
     GUEST_RESET = "guest-reset"
+    #: The machine was reset from outside, under -no-reboot.
+    HOST_QMP_SYSTEM_RESET = "host-qmp-system-reset"
     #: A program asked through QMP, or a person with Ctrl-a x.
     HOST_QMP_QUIT = "host-qmp-quit"
     #: SIGINT, SIGTERM or SIGHUP.

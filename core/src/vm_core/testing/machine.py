@@ -13,8 +13,6 @@ else: its I/O thread runs when told (``machine.io.run_until_idle()``), its clock
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
-
 from ..devices.bus import Bus
 from ..devices.pci import COMMAND, PciBus, PciDevice
 from ..machine.clock import ManualClock
@@ -22,9 +20,6 @@ from ..machine.iothread import InlineIo
 from ..machine.machine import Machine
 from ..machine.memory import GuestMemory, Region, RegionKind
 from ..machine.runstate import RunState
-
-if TYPE_CHECKING:
-    from ..block.backend import BlockBackend
 
 __all__ = ["FakeMachine", "IrqRecorder"]
 
@@ -106,7 +101,7 @@ class FakeMachine(Machine):
         device.realize(self, self.pci, address)
         self.devices[device.id] = device
         if device.backend is not None:
-            self.attach_backend(cast("BlockBackend", device.backend))
+            self.attach_backend(device.backend)
         self.map_bars(device)
         return device
 

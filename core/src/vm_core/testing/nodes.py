@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator, Mapping as Dict, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vm_core.block.filter import Filter
 from vm_core.block.mapping import Kind, Mapping
 from vm_core.block.node import Buffer, Node, Protocol
 from vm_core.block.vectors import gather, scatter, total
@@ -19,7 +20,7 @@ PAGE = 32768
 
 
 class MemoryNode(Protocol):
-    """Storage in memory, sparse by pages, that behaves as the protocol ``file`` does: it grows when written past its end.
+    """Storage in memory, sparse by pages, that behaves as the protocol ``file`` does: writes past its end grow it.
 
     >>> node = MemoryNode(b"hello")
     >>> node.pread(1, 6)
@@ -139,55 +140,8 @@ def _pages(offset: int, length: int) -> Iterator[tuple[int, int, int, int]]:
         position += count
 
 
-class PassingNode(Node):
-    """Hands everything to *node*; tests override what they want to watch or break."""
-
-    transparent = True
-
-    def __init__(self, node: Node) -> None:
-        self.node = node
-        self.driver = node.driver
-        self.filename = node.filename
-        self.readonly = node.readonly
-        self.request_alignment = node.request_alignment
-
-    @property
-    def size(self) -> int:
-        return self.node.size
-
-    def read(self, offset: int, buffers: Sequence[Buffer]) -> None:
-        self.node.read(offset, buffers)
-
-    def write(self, offset: int, buffers: Sequence[Buffer], *, fua: bool = False) -> None:
-        self.node.write(offset, buffers, fua=fua)
-
-    def flush(self) -> None:
-        self.node.flush()
-
-    def zero(self, offset: int, length: int, *, unmap: bool = False, fua: bool = False) -> None:
-        self.node.zero(offset, length, unmap=unmap, fua=fua)
-
-    def discard(self, offset: int, length: int) -> None:
-        self.node.discard(offset, length)
-
-    def truncate(self, size: int) -> None:
-        self.node.truncate(size)
-
-    def map(self, offset: int, length: int) -> Iterator[Mapping]:
-        inside = max(0, min(length, self.size - offset))
-        if inside:
-            yield Mapping(Kind.DATA, offset, inside, self.node, offset, not self.readonly)
-        if inside < length:
-            yield Mapping(Kind.EOF, offset + inside, length - inside)
-
-    def allocated(self) -> int:
-        return self.node.allocated()
-
-    def children(self) -> Dict[str, Node]:
-        return {"file": self.node}
-
-    def close(self) -> None:
-        self.node.close()
+class PassingNode(Filter):
+    """Hands everything to another node; tests override what they want to watch or break."""
 
 
 class FailingNode(PassingNode):

@@ -10,8 +10,9 @@ On disk (little-endian): a header of one sector, the table of one 8-byte entry a
     both names                                         20
 
 An entry is 0 (unallocated), 1 (zeroes) or a file offset, with bit 63 set where the cluster is stored inverted (the
-stand-in for compression) and bit 62 where it is frozen (as by a snapshot: never overwritten nor given back). The table is written at a flush, after the data it points to; clusters that were given back
-are used again only after that. So every moment leaves an image that opens and has all that was flushed.
+stand-in for compression) and bit 62 where it is frozen (as by a snapshot: never overwritten nor given back). The
+table is written at a flush, after the data it points to; clusters that were given back are used again only after
+that. So every moment leaves an image that opens and has all that was flushed.
 """
 
 from __future__ import annotations
@@ -241,6 +242,11 @@ class Toy(Format):
         self._table = self._table[:count] + [ZERO] * (count - len(self._table))
         self._size = size
         self._resized = True
+
+    def reopen(self, *, readonly: bool) -> None:
+        if readonly:
+            self.flush()
+        self.readonly = readonly
 
     def close(self) -> None:
         if not self.readonly:

@@ -56,8 +56,18 @@ def test_chs_and_lba_translate_both_ways() -> None:
 
 @pytest.mark.parametrize(
     ("value", "taken"),
-    [(0x00, True), (0x01, True), (0x0C, True), (0x0D, False), (0x10, False), (0x22, True), (0x23, False)]
-    + [(0x45, True), (0x46, False), (0xFF, False)],
+    [
+        (0, True),
+        (1, True),
+        (12, True),
+        (13, False),
+        (16, False),
+        (34, True),
+        (35, False),
+        (69, True),
+        (70, False),
+        (255, False),
+    ],
 )
 def test_only_modes_that_exist_are_selected(value: int, taken: bool) -> None:
     """PIO to 4, multiword DMA to 2 and Ultra DMA to 5 are taken; single-word DMA and the rest are not."""

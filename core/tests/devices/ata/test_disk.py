@@ -170,10 +170,11 @@ def test_a_bad_sector_ends_a_pio_read_where_it_is(bench: AtaBench, driver: AtaDr
     backend.bad = range((100 + bad) * 512, (100 + bad) * 512 + 1)
     driver.issue(0x24, count=256, lba=100, ext=True)
     got = b""
+    for _ in range(bad):
+        assert driver.finish() & DRQ
+        got += bench.insw(0x1F0, 256)
     with pytest.raises(AtaError) as caught:
-        while True:
-            assert driver.finish() & DRQ
-            got += bench.insw(0x1F0, 256)
+        driver.finish()
     assert got == sector(bench, 100, bad)
     assert (caught.value.error, caught.value.lba) == (UNC, 100 + bad)
 
@@ -244,7 +245,7 @@ def test_a_command_is_ignored_while_data_are_due(bench: AtaBench, driver: AtaDri
     driver.issue(0xEC)
     bench.outb(COMMAND, 0x10)
     assert bench.inb(STATUS) & DRQ
-    assert bench.insw(0x1F0, 256)[54:64] == b"ETTSD SI K"[:10]
+    assert bench.insw(0x1F0, 256)[54:64] == b"ETTSD SI K"
 
 
 def test_absent_slave_beside_a_master(bench: AtaBench, driver: AtaDriver) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,13 +14,9 @@ from vm_core.testing.ata import AtaBench, AtaDriver
 
 def words(size: int, **facts: object) -> tuple[int, ...]:
     bench = AtaBench()
-    bench.add_disk(0, identity=Identity(**facts))  # type: ignore[arg-type]
+    disk = bench.add_disk(0, identity=Identity(**facts))  # type: ignore[arg-type]
 
-    class Huge:
-        pass
-
-    backend = bench.backends[0]
-    backend.__class__ = type("Huge", (type(backend),), {"size": property(lambda self: size)})
+    disk.storage = SimpleNamespace(size=size, write_cache=True)  # more than memory holds
     return AtaDriver(bench).identify()
 
 

@@ -1,12 +1,13 @@
 """The engine ``threads``: a few worker threads that take requests from one queue.
 
-Theory of operation. A submitted batch is put on the queue whole and wakes one worker, which takes request after request
-until the queue is empty and then hands all it has finished back at once. A second worker is only a loss while requests
-are answered from the page cache, because the interpreter's lock would be passed to and fro between them; it is needed as
-soon as one blocks. So a worker wakes a colleague before it starts something that is bound to wait (a flush, a stable
-write, a discard, anything with O_DIRECT, a read: those in the page cache never get here) and after something that turned
-out to have waited, if there is more to do. Finished requests are handed back around such a wait, too, and after a
-millisecond at the latest; sooner would only make two threads of Python run at once, each of which waits for the other.
+Theory of operation. A submitted batch is put on the queue whole and wakes one worker, which takes one request after
+the other until the queue is empty and then hands all it has finished back at once. A second worker is only a loss
+while requests are answered from the page cache, because the interpreter's lock would be passed to and fro between
+them; it is needed as soon as one blocks. So a worker wakes a colleague before it starts something that is bound to
+wait (a flush, a stable write, a discard, anything with O_DIRECT, a read: those in the page cache never get here) and
+after something that turned out to have waited, if there is more to do. Finished requests are handed back around such
+a wait, too, and after a millisecond at the latest; sooner would only make two threads of Python run at once, each of
+which waits for the other.
 """
 
 from __future__ import annotations

@@ -289,7 +289,7 @@ class Drive(ABC):
 
     # PIO.
 
-    def block_ready(self, length: int) -> None:  # noqa: B027 - disks leave their registers alone
+    def block_ready(self, length: int) -> None:
         """A DRQ block of *length* bytes begins: where packet devices set their registers."""
 
     def _pio(self, phase: Phase, data: Buffer, block: int, then: Callable[[], None], *, interrupt: bool) -> None:

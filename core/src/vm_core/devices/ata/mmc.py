@@ -69,9 +69,10 @@ class Receive(NamedTuple):
 
 
 class Check(NamedTuple):
-    """CHECK CONDITION."""
+    """CHECK CONDITION, and the block it is about."""
 
     sense: Sense
+    lba: int | None = None
 
 
 Outcome = Good | Blocks | Receive | Check
@@ -209,7 +210,7 @@ class CdRom:
             return self.check(NO_MEDIUM_OPEN if self.tray.tray_open else NO_MEDIUM_CLOSED)
         outcome = self._methods[row.opcode](packet)
         if isinstance(outcome, Check):
-            return self.check(outcome.sense)
+            return self.check(*outcome)
         if row.opcode != 0x03:
             self.sense, self.sense_lba = NO_SENSE, None
         return outcome
@@ -217,7 +218,7 @@ class CdRom:
     def check(self, sense: Sense, lba: int | None = None) -> Check:
         """Remember *sense*, and the block it is about, for REQUEST SENSE."""
         self.sense, self.sense_lba = sense, lba
-        return Check(sense)
+        return Check(sense, lba)
 
     # Who and how.
 
@@ -338,7 +339,7 @@ class CdRom:
 
     def _read(self, lba: int, count: int, raw: bool = False) -> Outcome:
         if lba < 0 or lba + count > self.blocks:
-            return self.check(OUT_OF_RANGE, max(lba, self.blocks))
+            return Check(OUT_OF_RANGE, max(lba, self.blocks))
         return Blocks(lba, count, raw) if count else Good()
 
     def seek(self, packet: bytes) -> Outcome:
@@ -499,7 +500,7 @@ class CdRom:
         """C/DVD capabilities and mechanical status (MMC-3 5.5.10)."""
         locked = self.tray.locked
         return struct.pack(
-            ">BBBBBBHHHHxBHH2x",
+            ">BBBBBBHHHHxBHH",
             0x08,  # reads DVD-ROM
             0x00,  # writes nothing
             0x71,  # multi-session, mode 2 forms 1 and 2; audio play for drivers that expect it

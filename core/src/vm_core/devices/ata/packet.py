@@ -97,7 +97,7 @@ class AtapiCdRom(Drive):
                 self._read_blocks(outcome)
             case mmc.Receive(length, then):
                 self._receive(length, then)
-            case mmc.Check(sense):
+            case mmc.Check(sense, _):
                 self._check(sense)
 
     def succeed(self, *, interrupt: bool = True) -> None:

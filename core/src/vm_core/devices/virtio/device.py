@@ -165,17 +165,17 @@ class VirtioDevice(ABC):
     def read_config(self, offset: int, size: int) -> int:
         """Read the device-specific configuration (1, 2, 4 or 8 bytes). Bytes that do not exist read as zero."""
 
-    def write_config(self, offset: int, size: int, value: int) -> None:  # noqa: B027 - most have nothing to write
+    def write_config(self, offset: int, size: int, value: int) -> None:
         """Write the device-specific configuration."""
 
     def accept_features(self, features: int) -> bool:
         """The last word on the driver's choice, at FEATURES_OK."""
         return True
 
-    def driver_ready(self) -> None:  # noqa: B027
+    def driver_ready(self) -> None:
         """The driver has set DRIVER_OK: negotiation is over."""
 
-    def on_reset(self) -> None:  # noqa: B027
+    def on_reset(self) -> None:
         """The device was reset; registers of the subclass return to their defaults."""
 
     # Features.

@@ -1,7 +1,7 @@
 """The PIIX4's power management function: power-off, power button, the ACPI timer and the APM ports.
 
-Theory of operation. Firmware gives the function an I/O base; there lie the PM1 event, enable and control registers and a
-24-bit timer at 3.579545 MHz. An event whose enable bit is set raises the system control interrupt (line 9). Writing
+Theory of operation. Firmware gives the function an I/O base; there lie the PM1 event, enable and control registers and
+a 24-bit timer at 3.579545 MHz. An event whose enable bit is set raises the system control interrupt (line 9). Writing
 SLP_EN with SLP_TYP 0 switches the power off; that is what ACPI's ``\\_S5`` asks for here. Writing to the APM command
 port would be a system management interrupt on the real chip, for firmware to switch ACPI on and off; the effect is had
 here without one, and the chip's "SMI already set up" bit keeps firmware from looking for it.
@@ -31,8 +31,10 @@ SCI = 9
 
 PMBASE, PMREGMISC, DEVACTB = 0x40, 0x80, 0x58
 
-#: PM1 status and enable: the timer's top bit changed, power button, wake.
-TMR, PWRBTN, WAK = 0x0001, 0x0100, 0x8000
+#: PM1 status and enable: the timer's top bit changed, global lock released, power button, alarm of the clock. Nothing
+#: here sets the second and the last, but systems enable them and check that they are.
+TMR, GBL, PWRBTN, RTC = 0x0001, 0x0020, 0x0100, 0x0400
+ENABLES = TMR | GBL | PWRBTN | RTC
 #: PM1 control: ACPI mode, sleep type, sleep now.
 SCI_EN, SLP_TYP_SHIFT, SLP_EN = 0x0001, 10, 0x2000
 #: SLP_TYP of soft off.
@@ -50,7 +52,7 @@ REGISTERS = (
 
 PM_REGISTERS = (
     Register("pm1_status", 0, 2, help="events, cleared by writing ones"),
-    Register("pm1_enable", 2, 2, help="which events raise the interrupt", writable=TMR | PWRBTN),
+    Register("pm1_enable", 2, 2, help="which events raise the interrupt", writable=ENABLES),
     Register("pm1_control", 4, 2, help="SCI_EN, SLP_TYP, SLP_EN"),
     Register("pm_timer", 8, 4, access="ro", help="24 bits at 3.579545 MHz"),
 )
@@ -147,7 +149,7 @@ class PowerManagement(PciDevice):
             self.status &= ~value
             self._update_sci()
         elif aligned == 2:
-            self.enable = (self.enable & untouched | value) & (TMR | PWRBTN)
+            self.enable = (self.enable & untouched | value) & ENABLES
             self._arm_timer()
             self._update_sci()
         elif aligned == 4:
@@ -170,7 +172,7 @@ class PowerManagement(PciDevice):
         self._update_sci()
 
     def _update_sci(self) -> None:
-        level = bool(self.status & self.enable & (TMR | PWRBTN)) and bool(self.control & SCI_EN)
+        level = bool(self.status & self.enable) and bool(self.control & SCI_EN)
         self.machine.irqs.set_irq(SCI, level)
 
     # The timer.

@@ -66,7 +66,9 @@ class ReadBusWriteRam:
 class Segment:
     """One PAM segment with its three regions."""
 
-    def __init__(self, memory: GuestMemory, start: int, size: int, register: int, shift: int, rom: Region | None) -> None:
+    def __init__(
+        self, memory: GuestMemory, start: int, size: int, register: int, shift: int, rom: Region | None
+    ) -> None:
         self.register = register
         self.shift = shift
         name = f"pam {start:#x}"
@@ -179,7 +181,7 @@ class ConfigPorts:
 
 
 class ConfigData:
-    """Ports 0xcfc–0xcff, the register that the address points to. Bit 31 is enable, 23–16 bus, 15–8 function, 7–2 register."""
+    """Ports 0xcfc–0xcff, the register that the address points to: bit 31 enable, 23–16 bus, 15–8 function."""
 
     def __init__(self, ports: ConfigPorts) -> None:
         self._ports = ports

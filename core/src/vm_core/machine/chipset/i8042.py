@@ -1,9 +1,9 @@
 """The 8042 keyboard controller with a PS/2 keyboard and mouse.
 
 Theory of operation. Two ports: 0x60 data, 0x64 status and command. The controller holds one byte for the processor; a
-keyboard and a mouse stand behind it with queues of answers and, for the keyboard, of keys. Whenever the output buffer is
-empty the next byte goes in, keyboard first, and interrupts on line 1 or 12 where the command byte allows it. Keyboards
-speak scan code set 2 on the wire; translation turns bytes into set 1, as all PC software expects.
+keyboard and a mouse stand behind it with queues of answers and, for the keyboard, of keys. Whenever the output buffer
+is empty the next byte goes in, keyboard first, and interrupts on line 1 or 12 where the command byte allows it.
+Keyboards speak scan code set 2 on the wire; translation turns bytes into set 1, as all PC software expects.
 
 The controller also drives two wires of the board: A20 (kept as state: every accelerator has all address lines) and the
 processor's reset.
@@ -37,7 +37,9 @@ _SET_2 = bytes.fromhex(
     "13 19 39 51 53 5c 5f 62 63 64 65 67 68 6a 6d 6e "
 )
 #: Set 2 to set 1. F7 (0x83) is the one key beyond 0x7f; 0x84 is Alt-SysRq; prefixes and answers pass unchanged.
-_TRANSLATION = bytes({0x83: 0x41, 0x84: 0x54}.get(code, _SET_2.find(code) if code < 0x80 else code) for code in range(256))
+_TRANSLATION = bytes(
+    {0x83: 0x41, 0x84: 0x54}.get(code, _SET_2.find(code) if code < 0x80 else code) for code in range(256)
+)
 
 
 class Ps2Device:

@@ -285,7 +285,7 @@ class LocalApic:
         was = self._lvt[offset]
         self._lvt[offset] = value
         if offset == _LVT_TIMER and (was ^ value) & _PERIODIC:
-            self._arm_timer()
+            self._arm_timer(self._clock.now_ns())
 
     def _write_svr(self, value: int) -> None:
         self._svr = value & 0x1FF
@@ -364,23 +364,24 @@ class LocalApic:
         return max(0, span - elapsed) // (self._divisor() * _TICK_NS)
 
     def _start_timer(self) -> None:
-        self._counting_since = self._clock.now_ns()
-        self._arm_timer()
+        self._counting_since = now = self._clock.now_ns()
+        # At the time of writing even the shortest count lies ahead: it must not be taken for one that has passed.
+        self._arm_timer(now)
 
     def _rescale_timer(self, left: int) -> None:
         """Go on from count *left* at another divisor."""
         if self._initial_count:
             ran = (self._initial_count - left) * self._divisor() * _TICK_NS
-            self._counting_since = self._clock.now_ns() - ran
-            self._arm_timer()
+            now = self._clock.now_ns()
+            self._counting_since = now - ran
+            self._arm_timer(now)
 
-    def _arm_timer(self) -> None:
-        """Set the alarm for the next time the count reaches zero."""
+    def _arm_timer(self, now: int) -> None:
+        """Set the alarm for the first time after *now* at which the count reaches zero."""
         span = self._span_ns()
         if not span:
             self._timer.cancel()
             return
-        now = self._clock.now_ns()
         elapsed = now - self._counting_since
         if not self._lvt[_LVT_TIMER] & _PERIODIC:
             if elapsed < span:
@@ -395,5 +396,5 @@ class LocalApic:
 
     def _timer_expired(self) -> None:
         if self._lvt[_LVT_TIMER] & _PERIODIC:
-            self._arm_timer()
+            self._arm_timer(self._clock.now_ns())
         self._local(_LVT_TIMER)

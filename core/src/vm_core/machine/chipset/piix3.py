@@ -1,7 +1,7 @@
 """The 82371SB (PIIX3) ISA bridge: routing of PCI interrupts, and reset control.
 
-Theory of operation. The four PCI interrupt lines are routed to ISA lines by one register each; several may share a line,
-which is up while any of them is. Port 0xcf9 resets the machine.
+Theory of operation. The four PCI interrupt lines are routed to ISA lines by one register each; several may share a
+line, which is up while any of them is. Port 0xcf9 resets the machine.
 
 Source: Intel 82371SB data sheet (290550-002), 2.2 and 2.5.
 """

@@ -44,8 +44,8 @@ class Counter:
         self.count = 0x10000
         #: A count was written since the mode: without one nothing counts.
         self.loaded = False
-        #: Virtual time at which counting began.
-        self.start = self._clock.now_ns()
+        #: When counting began, in input clocks.
+        self.start = self._now()
         #: The gate is low in a mode that stops then: ticks counted before that.
         self.held: int | None = None
         self.write_low: int | None = None
@@ -53,11 +53,13 @@ class Counter:
         self.latch: int | None = None
         self.status: int | None = None
 
+    def _now(self) -> int:
+        """Input clocks since virtual time began."""
+        return self._clock.now_ns() * FREQUENCY // NANOSECONDS
+
     def elapsed(self) -> int:
         """Input clocks since counting began."""
-        if self.held is not None:
-            return self.held
-        return max(0, self._clock.now_ns() - self.start) * FREQUENCY // NANOSECONDS
+        return self.held if self.held is not None else self._now() - self.start
 
     @property
     def modulus(self) -> int:
@@ -104,7 +106,7 @@ class Counter:
             ticks = self.count + 1
         else:
             return None
-        return self.start + ticks_to_ns(ticks) if ticks > passed else None
+        return ticks_to_ns(self.start + ticks) if ticks > passed else None
 
     def set_gate(self, gate: bool) -> None:
         """Modes 0 and 4 pause while the gate is low; a rising gate starts modes 1 and 5 and restarts 2 and 3."""
@@ -117,7 +119,7 @@ class Counter:
                 self.held = self.elapsed()
         elif gate:
             self.held = None
-            self.start = self._clock.now_ns()
+            self.start = self._now()
         elif self.mode in (2, 3):
             self.held = 0
         self.gate = gate
@@ -125,7 +127,7 @@ class Counter:
 
     def _resume(self) -> None:
         if self.held is not None:
-            self.start = self._clock.now_ns() - ticks_to_ns(self.held)
+            self.start = self._now() - self.held
             self.held = None
 
     # Registers.
@@ -193,7 +195,7 @@ class Counter:
         number = _from_bcd(raw) if self.bcd else raw
         self.count = number or self.modulus
         self.loaded = True
-        self.start = self._clock.now_ns()
+        self.start = self._now()
         waits = self.mode in (1, 5) or not self.gate
         self.held = 0 if waits else None
         self._changed()

@@ -1,0 +1,208 @@
+"""Power cuts at every moment: what the disk may hold then is sound, and has everything that was flushed."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from qcow2_peer import LONG, Qemu
+
+from vm_core.block.node import Node
+from vm_core.block.open import open_node
+from vm_core.testing.nodes import MemoryNode, RecordingNode
+from vm_core.testing.replay import power_cuts
+from vm_qcow2.image import Qcow2
+
+KIB = 1024
+
+
+class Session:
+    """An image in memory, changed at random while everything that reaches its storage is recorded."""
+
+    def __init__(self, image: bytes, model: bytes, seed: int, base: Node | None = None) -> None:
+        self.chance = random.Random(seed)
+        self.storage = MemoryNode(image)
+        self.recorder = RecordingNode(self.storage)
+        options: dict[str, Any] = {"driver": "qcow2", "file": self.recorder, "backing": base}
+        self.node = open_node(options, readonly=False)
+        self.model = bytearray(model)
+        #: (moment, offset, length) of each change.
+        self.touched: list[tuple[int, int, int]] = []
+        self.marked: dict[int, int] = {}
+        self.mark()
+
+    def mark(self) -> None:
+        snapshot = bytes(self.model)
+        self.recorder.mark(snapshot)
+        self.marked[id(snapshot)] = self.recorder.now()
+        self.keep = [*getattr(self, "keep", []), snapshot]
+
+    def flush(self) -> None:
+        self.node.flush()
+        self.mark()
+
+    def step(self, longest: int) -> None:
+        """One change, or a flush."""
+        chance, size = self.chance, len(self.model)
+        what = chance.random()
+        if what < 0.2:
+            self.flush()
+            return
+        offset = chance.randrange(size)
+        length = min(size - offset, chance.randrange(1, longest))
+        self.touched.append((self.recorder.now(), offset, length))
+        if what < 0.75:
+            data = chance.randbytes(length)
+            self.node.pwrite(offset, data)
+            self.model[offset : offset + length] = data
+        elif what < 0.87:
+            self.node.zero(offset, length, unmap=what < 0.81)
+            self.model[offset : offset + length] = bytes(length)
+        else:
+            self.node.discard(offset, length)
+            self.model[offset : offset + length] = self.node.pread(offset, length)
+
+    def resize(self, size: int) -> None:
+        """Change the size; until it is flushed either may be found."""
+        old = len(self.model)
+        if size < old:
+            self.touched.append((self.recorder.now(), size, old - size))
+        self.node.truncate(size)
+        del self.model[size:]
+        self.model.extend(bytes(size - len(self.model)))
+
+    def close(self) -> None:
+        self.node.close()
+        self.mark()
+
+    def verify(self, path: Path, qemu: Qemu, *, lazy: bool = False, base: Node | None = None) -> int:
+        """Look at the cuts; returns how many there were."""
+        number = 0
+        for cut in power_cuts(self.recorder, seed=1, variants=4, limit=None if LONG else 70):
+            number += 1
+            file = MemoryNode(cut.image)
+            if lazy:
+                # Opening for writing repairs.
+                Qcow2(file, "cut", readonly=False).close()
+            else:
+                found = Qcow2(MemoryNode(cut.image, readonly=True), "cut", readonly=True).check()
+                assert not found.get("corruptions"), (found["messages"], cut.story)
+            if LONG or number % 10 == 0:
+                path.write_bytes(file.data())
+                qemu.sound(path, leaks=True)
+            if cut.mark is None:
+                continue
+            with open_node({"driver": "qcow2", "file": file, "backing": base}) as opened:
+                have = opened.pread(0, opened.size)
+            want, since = bytearray(cut.mark), self.marked[id(cut.mark)]
+            size = min(len(have), len(want))
+            for moment, offset, length in self.touched:
+                if since <= moment <= cut.moment:
+                    want[offset : min(offset + length, size)] = have[offset : min(offset + length, size)]
+            assert have[:size] == want[:size], cut.story
+        return number
+
+
+def made(options: dict[str, Any], size: int) -> bytes:
+    """A new image."""
+    file = MemoryNode()
+    Qcow2.create(file, size, dict(options))
+    return file.data()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cluster_size": 512, "refcount_bits": 64},
+        {"cluster_size": 512, "compat": "0.10"},
+        {"cluster_size": 4096, "refcount_bits": 1},
+        {"cluster_size": 65536},
+        {"cluster_size": 1024, "preallocation": "metadata"},
+    ],
+    ids=str,
+)
+def test_ordinary_writes(tmp_path: Path, qemu: Qemu, options: dict[str, Any]) -> None:
+    """Writes, zeroes, discards and reuse of freed clusters."""
+    session = Session(made(options, 300 * KIB), bytes(300 * KIB), 7)
+    for _ in range(60):
+        session.step(12 * KIB if options["cluster_size"] < 65536 else 80 * KIB)
+    session.close()
+    assert session.verify(tmp_path / "cut.qcow2", qemu) > 50
+
+
+def test_the_refcount_table_moves(tmp_path: Path, qemu: Qemu) -> None:
+    """With clusters of 512 bytes and 64-bit counts a table of one cluster counts 2 MiB: it has to grow."""
+    size = 3072 * KIB
+    session = Session(made({"cluster_size": 512, "refcount_bits": 64}, size), bytes(size), 3)
+    before = session.node.format.header.refcount_table_offset  # type: ignore[attr-defined]
+    for number in range(40):
+        offset = number * 75 * KIB
+        data = session.chance.randbytes(75 * KIB)
+        session.touched.append((session.recorder.now(), offset, len(data)))
+        session.node.pwrite(offset, data)
+        session.model[offset : offset + len(data)] = data
+        if number % 5 == 4:
+            session.flush()
+    session.close()
+    assert session.node.format.header.refcount_table_offset != before  # type: ignore[attr-defined]
+    session.verify(tmp_path / "cut.qcow2", qemu)
+
+
+def test_lazy_refcounts(tmp_path: Path, qemu: Qemu) -> None:
+    """The dirty bit is on disk before anything that needs it; repair finds every flushed byte."""
+    session = Session(made({"cluster_size": 512, "lazy_refcounts": True}, 300 * KIB), bytes(300 * KIB), 5)
+    for _ in range(60):
+        session.step(12 * KIB)
+    session.close()
+    session.verify(tmp_path / "cut.qcow2", qemu, lazy=True)
+
+
+def test_resizing(tmp_path: Path, qemu: Qemu) -> None:
+    """The L1 table moves, clusters are cut off and come back as zeroes."""
+    session = Session(made({"cluster_size": 512}, 200 * KIB), bytes(200 * KIB), 11)
+    for number in range(70):
+        if number % 10 == 9:
+            session.flush()
+            session.resize(session.chance.randrange(1, 12) * 150 * KIB)
+            session.flush()
+        session.step(12 * KIB)
+    session.close()
+    session.verify(tmp_path / "cut.qcow2", qemu)
+
+
+def test_images_with_snapshots_and_compressed_clusters(tmp_path: Path, qemu: Qemu) -> None:
+    """Shared tables and clusters are copied before they are changed, compressed ones given back piece by piece."""
+    data = b"".join(bytes([n]) * 1500 for n in range(200))
+    raw, path = tmp_path / "raw", tmp_path / "disk.qcow2"
+    raw.write_bytes(data)
+    qemu.img("convert", "-c", "-O", "qcow2", "-o", "cluster_size=4k", raw, path)
+    size = -(-len(data) // 512) * 512
+    model = bytearray(data.ljust(size, b"\0"))
+    qemu.img("snapshot", "-c", "a", path)
+    qemu.io(path, "write -P 3 0 40k")
+    model[: 40 * KIB] = b"\3" * (40 * KIB)
+    qemu.img("snapshot", "-c", "b", path)
+    session = Session(path.read_bytes(), bytes(model), 13)
+    for _ in range(50):
+        session.step(20 * KIB)
+    session.close()
+    session.verify(tmp_path / "cut.qcow2", qemu)
+    path.write_bytes(session.storage.data())
+    qemu.sound(path)
+    qemu.img("snapshot", "-a", "b", path)
+    assert qemu.read(path) == model
+
+
+def test_overlays(tmp_path: Path, qemu: Qemu) -> None:
+    """Copy-on-write from a backing image loses none of its bytes."""
+    below = random.Random(1).randbytes(250 * KIB)
+    base = MemoryNode(below, readonly=True)
+    (tmp_path / "base").write_bytes(below)
+    options = {"cluster_size": 4096, "backing_file": "base", "backing_fmt": "raw"}
+    session = Session(made(options, 300 * KIB), below + bytes(50 * KIB), 17, base)
+    for _ in range(60):
+        session.step(12 * KIB)
+    session.close()
+    session.verify(tmp_path / "cut.qcow2", qemu, base=base)
