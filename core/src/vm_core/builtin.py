@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .descriptors import BlockEngine, FormatDriver, Option, ProtocolDriver
+from .descriptors import AcceleratorDriver, BlockEngine, FormatDriver, Option, ProtocolDriver
 from .hookspecs import hookimpl
 
 _FILENAME = Option("filename", "str", "path of the file or device", required=True)
@@ -71,5 +71,16 @@ def vm_block_engines() -> Iterable[BlockEngine]:
             summary="worker threads that take batches of requests",
             implementation="vm_core.block.engines.threads:ThreadsEngine",
             options=(Option("workers", "int", "threads at most", 8),),
+        )
+    ]
+
+
+@hookimpl
+def vm_accelerators() -> Iterable[AcceleratorDriver]:
+    return [
+        AcceleratorDriver(
+            name="none",
+            summary="no processor at all: to look at a machine, or to drive its devices from outside",
+            implementation="vm_core.machine.noaccel:NoAccelerator",
         )
     ]

@@ -162,7 +162,7 @@ def test_write_cache_off_flushes_first() -> None:
     event = threading.Event()
     backend.set_write_cache(False, lambda request: event.set())
     assert event.wait(10)
-    assert node.log[-1] == ("flush",)
+    assert node.log[-1:] == [("flush",)]
     backend.close()
 
 

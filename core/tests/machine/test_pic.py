@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from vm_core.machine.chipset.pic import ElcrPorts, PicPair, PicPorts
 from vm_core.testing.qtest import QtestMachine, available
@@ -87,7 +88,7 @@ def test_a_masked_line_is_remembered() -> None:
 
 
 def test_a_level_line_asks_again_until_it_drops() -> None:
-    """A level-triggered line that is still up after the end of interrupt interrupts once more; an edge line does not."""
+    """A level-triggered line that is up after the end of interrupt interrupts once more; an edge line does not."""
     board = Board()
     board.out(0x4D1, 0x08)  # line 11
     board.pair.set_irq(11, True)

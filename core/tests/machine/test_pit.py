@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vm_core.machine.chipset.pit import FREQUENCY, Pit, Port61, ticks_to_ns
 from vm_core.machine.clock import ManualClock

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from vm_core.machine.chipset.uart import REGISTERS, Uart
 from vm_core.testing.qtest import QtestMachine, available
@@ -161,7 +162,7 @@ def qemu() -> Iterator[QtestMachine]:
 
 
 _WRITES = st.one_of(
-    st.tuples(st.sampled_from([IER]), st.integers(0, 15)),
+    st.tuples(st.just(IER), st.integers(0, 7)),
     st.tuples(st.just(LCR), st.sampled_from([0x03, 0x83, 0x1B])),
     st.tuples(st.just(MCR), st.sampled_from([0, 3, 8, 0x0B, 0x10, 0x1A, 0x1F])),
     st.tuples(st.just(SCR), st.integers(0, 255)),
@@ -182,12 +183,15 @@ def test_registers_agree_with_qemu(qemu: QtestMachine, operations: list[tuple[tu
     def read(register: int) -> tuple[int, int]:
         return board.get(register), qemu.command(f"inb {0x3F8 + register:#x}")
 
-    for register, value in ((LCR, 0), (IER, 0), (MCR, 0), (FCR, 1), (FCR, 0), (LCR, 0x80), (DATA, 12), (IER, 0), (SCR, 0)):
+    start = ((LCR, 0), (IER, 0), (MCR, 0), (FCR, 1), (FCR, 0), (LCR, 0x80), (DATA, 12), (IER, 0), (LCR, 0), (SCR, 0))
+    for register, value in start:
         out(register, value)
-    out(LCR, 0)
     read(IIR)
     read(MSR)
     for (register, value), look in operations:
         out(register, value)
         ours, theirs = read(look)
+        if look == MSR:
+            # QEMU sets no change bits (and raises no interrupt) for what loopback changes; the data sheet does.
+            ours, theirs = ours & 0xF0, theirs & 0xF0
         assert ours == theirs, (look, hex(ours), hex(theirs))

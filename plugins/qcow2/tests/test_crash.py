@@ -134,16 +134,20 @@ def test_ordinary_writes(tmp_path: Path, qemu: Qemu, options: dict[str, Any]) ->
 
 def test_the_refcount_table_moves(tmp_path: Path, qemu: Qemu) -> None:
     """With clusters of 512 bytes and 64-bit counts a table of one cluster counts 2 MiB: it has to grow."""
-    size = 3072 * KIB
-    session = Session(made({"cluster_size": 512, "refcount_bits": 64}, size), bytes(size), 3)
+    size, full = 3072 * KIB, 1980 * KIB
+    file = MemoryNode(made({"cluster_size": 512, "refcount_bits": 64}, size))
+    model = bytearray(size)
+    model[:full] = random.Random(2).randbytes(full)
+    with open_node({"driver": "qcow2", "file": file}, readonly=False) as node:
+        node.pwrite(0, model[:full])
+    session = Session(file.data(), bytes(model), 3)
     before = session.node.format.header.refcount_table_offset  # type: ignore[attr-defined]
-    for number in range(40):
-        offset = number * 75 * KIB
-        data = session.chance.randbytes(75 * KIB)
+    for number in range(4):
+        offset, data = full + number * 10 * KIB, session.chance.randbytes(10 * KIB)
         session.touched.append((session.recorder.now(), offset, len(data)))
         session.node.pwrite(offset, data)
         session.model[offset : offset + len(data)] = data
-        if number % 5 == 4:
+        if number % 2:
             session.flush()
     session.close()
     assert session.node.format.header.refcount_table_offset != before  # type: ignore[attr-defined]

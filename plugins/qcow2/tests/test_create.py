@@ -33,7 +33,7 @@ CASES: list[tuple[int, dict[str, Any]]] = [
     # The refcount table has to move on the way.
     (20 << 20, {"preallocation": "metadata", "cluster_size": 512}),
     (40 << 20, {"preallocation": "metadata", "cluster_size": 512, "refcount_bits": 64}),
-    (3 << 30, {"preallocation": "metadata"}),
+    (300 << 20, {"preallocation": "metadata", "cluster_size": 16384}),
     (1000, {"preallocation": "metadata"}),
 ]
 

@@ -80,7 +80,7 @@ class Node(ABC):
         raise self.read_only_error()
 
     def reserve(self, offset: int, length: int, *, full: bool = False) -> None:
-        """Set host space aside for a range that reads as zeroes; by writing it if *full* or if there is no other way."""
+        """Set host space aside for a range that reads as zeroes; by writing it if *full* or there is no other way."""
         from .vectors import zero_views
 
         while length > 0:

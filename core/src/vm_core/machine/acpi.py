@@ -158,7 +158,7 @@ def _dsdt(ram: int, serial_ports: Sequence[tuple[int, int]]) -> bytes:
     root = aml.device(
         "PCI0",
         aml.define("_HID", aml.eisa_id("PNP0A03")),
-        aml.define("_ADR", aml.integer(0)),
+        aml.define("_UID", aml.integer(0)),
         aml.define("_CRS", windows),
         aml.define("_PRT", aml.package(*routing)),
         aml.device("ISA", aml.define("_ADR", aml.integer(1 << 16)), *isa),

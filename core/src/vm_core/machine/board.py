@@ -30,6 +30,7 @@ from .chipset.pit import Pit, Port61
 from .chipset.port92 import Port92
 from .chipset.rtc import Rtc
 from .config import DriveConfig, MachineConfig
+from .console import Console
 from .linuxboot import BASE_MEMORY_END, E820, E820_RAM, E820_RESERVED, LinuxBoot
 from .machine import Machine
 from .memory import PAGE, GuestMemory, Region
@@ -203,6 +204,8 @@ class PcBoard:
             watch = self.phases.serial if number == 0 else lambda data: None
             port = SerialPort(machine, number, lines[PORTS[number][1]], chardev, watch)
             self.serial_ports.append(port)
+            if isinstance(chardev, Console):
+                chardev.open(machine.iothread)  # the others are opened by who made them, when all are there
             machine.on_reset.append(port.reset)
             machine.on_close.append(port.close)
 

@@ -37,6 +37,8 @@ class Console(Chardev):
         self._waiting: list[bytes] = []
 
     def open(self, loop: Loop) -> None:
+        if self._loop is not None:
+            return
         self._loop = loop
         waiting, self._waiting = self._waiting, []
         for data in waiting:

@@ -161,18 +161,23 @@ class IoThread:
         """Call *function* on the I/O thread and return its result. Before the thread starts, and on it: at once."""
         if self.current or not self.started:
             return function()
-        from concurrent.futures import Future
-
-        future: Future[T] = Future()
+        done = threading.Event()
+        results: list[T] = []
+        errors: list[BaseException] = []
 
         def run() -> None:
             try:
-                future.set_result(function())
+                results.append(function())
             except BaseException as error:
-                future.set_exception(error)
+                errors.append(error)
+            finally:
+                done.set()
 
         self.call_soon(run)
-        return future.result()
+        done.wait()
+        if errors:
+            raise errors[0]
+        return results[0]
 
     # Descriptors. On the I/O thread these act at once; elsewhere in order with what was queued before, so a
     # descriptor that another thread gives up is closed by a function of call_soon() after its removal.

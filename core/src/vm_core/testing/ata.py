@@ -362,7 +362,7 @@ class AtaDriver:
         out(base, 0x08 if to_memory else 0)
         self.issue(opcode, **registers)  # type: ignore[arg-type]
         out(base, (0x08 if to_memory else 0) | 1)
-        self.wait()
+        self.wait(BSY | DRQ)
         status = self.ports.inb(base + 2)
         out(base, 0)
         self.finish()
@@ -407,9 +407,8 @@ class AtaDriver:
             ports.outb(self.busmaster, 1 if out else 9)
         data, sent = b"", 0
         while True:
-            self.wait()
             if dma:
-                # The transfer is the bus master's; DRQ means that it ran out of descriptors.
+                self.wait(BSY | DRQ)
                 self.finish()
                 ports.outb(self.busmaster, 0)
                 return b""

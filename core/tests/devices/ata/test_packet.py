@@ -68,7 +68,7 @@ def test_phases_of_a_pio_packet(cd: AtaBench, cd_driver: AtaDriver) -> None:
     assert cd.inb(0x3F6) == DRDY | DSC | DRQ
     assert cd.inb(0x1F2) == 1
     cd.outsw(0x1F0, struct.pack(">BxxxB7x", 0x12, 36))
-    seen = []
+    seen: list[tuple[int, int]] = []
     while cd.inb(0x3F6) & DRQ:
         assert cd.irq
         cd.inb(0x1F7)

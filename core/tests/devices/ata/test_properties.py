@@ -82,7 +82,8 @@ def operations(draw: st.DrawFn) -> list[tuple[str, bool, int, int, int]]:
 
 def scatter(total: int, seed: int) -> list[tuple[int, int]]:
     """Even, scattered, non-overlapping runs of memory for *total* bytes."""
-    runs, address, left = [], DATA_AT, total
+    runs: list[tuple[int, int]] = []
+    address, left = DATA_AT, total
     sizes = [2 + 2 * (seed * 37 % 500), 4096, 65536, 512, 30000]
     while left:
         length = min(left, sizes[len(runs) % len(sizes)])

@@ -14,6 +14,8 @@ from .store import Store
 
 #: One-cluster tables up to this many are kept (tens of MiB); only images of many TiB in small clusters have more.
 MAX_TABLES = 400_000
+#: Ranges of up to this many clusters are looked up one by one.
+SHORT = 64
 
 
 class MetadataMap:
@@ -23,6 +25,8 @@ class MetadataMap:
         self.store = store
         #: Tables of one cluster.
         self._kinds: dict[int, str] = {}
+        #: Their numbers in order, made when a long range is looked up; None after changes.
+        self._sorted: list[int] | None = None
         #: Tables of many clusters: sorted starts, with (end, kind).
         self._starts: list[int] = [0]
         self._ends: list[tuple[int, str]] = [(1, "header")]
@@ -31,6 +35,7 @@ class MetadataMap:
         """These clusters hold *kind*."""
         if count == 1:
             self._kinds[first] = kind
+            self._sorted = None
         elif count:
             position = bisect_left(self._starts, first)
             self._starts.insert(position, first)
@@ -39,7 +44,8 @@ class MetadataMap:
     def remove(self, first: int, count: int) -> None:
         """These clusters, added before, are free now."""
         if count == 1:
-            self._kinds.pop(first, None)
+            if self._kinds.pop(first, None) is not None:
+                self._sorted = None
         else:
             position = bisect_left(self._starts, first)
             if position < len(self._starts) and self._starts[position] == first:
@@ -74,6 +80,7 @@ class MetadataMap:
                     raise self.store.error(f"{kind} at {cluster << bits:#x} overlaps the {known}")
                 if len(kinds) < MAX_TABLES:
                     kinds[cluster] = kind
+                    self._sorted = None
 
     def find(self, first: int, count: int) -> tuple[int, str] | None:
         """The first cluster found in the range that holds metadata, and what."""
@@ -88,14 +95,16 @@ class MetadataMap:
         if count == 1:
             if first in kinds:
                 return first, kinds[first]
-        elif count <= len(kinds):
+        elif count <= SHORT:
             for cluster in range(first, end):
                 if cluster in kinds:
                     return cluster, kinds[cluster]
         else:
-            for cluster in kinds:
-                if first <= cluster < end:
-                    return cluster, kinds[cluster]
+            if self._sorted is None:
+                self._sorted = sorted(kinds)
+            position = bisect_left(self._sorted, first)
+            if position < len(self._sorted) and self._sorted[position] < end:
+                return self._sorted[position], kinds[self._sorted[position]]
         return None
 
     def check(self, first: int, count: int) -> None:

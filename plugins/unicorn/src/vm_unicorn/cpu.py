@@ -75,6 +75,7 @@ class UnicornCpu(VCpu):
         self._engine = engine = Engine()
         self._pristine = Context(engine)
         self._pristine.save()
+        self._kept = Context(engine)
         layout = find_layout(engine)
         if layout is None:
             raise UsageError(
@@ -167,6 +168,7 @@ class UnicornCpu(VCpu):
         """Free the engine."""
         self._cpu.close()
         self._pristine.close()
+        self._kept.close()
         self._engine.close()
 
     def memory_changed(self) -> None:
@@ -358,7 +360,12 @@ class UnicornCpu(VCpu):
     def _follow_map(self) -> None:
         with self._machine.lock:
             self._map_changed = False
+            # To map and unmap, the engine walks the guest's page tables and records the page faults it meets: in CR2,
+            # which a handler that was just entered has still to read, and as an exception that the next one would
+            # make a double fault.
+            self._kept.save()
             self._space.apply()
+            self._kept.restore()
             self._linear.refresh(self._machine.memory)
 
     def _mmio_read(self, _engine: int, offset: int, size: int, start: int) -> int:
@@ -388,10 +395,14 @@ class UnicornCpu(VCpu):
         """Writes to ROM are dropped: do the instruction, with all its other effects, on a copy."""
         space, engine = self._space, self._engine
         roms = space.roms()
+        self._kept.save()  # see _follow_map
         keep = space.make_writable_copies(roms)
+        self._kept.restore()
         self._cpu.load()
         error = engine.start(self._cpu.eip, 1)
+        self._kept.save()
         space.restore(roms)
+        self._kept.restore()
         keep.clear()
         if self._exception >= 0:
             self._deliver_exception()
@@ -415,10 +426,12 @@ class UnicornCpu(VCpu):
             else:
                 # By linear address is all that the library offers: without paging that is the physical one.
                 cr0 = self._engine.get("cr0")
+                self._kept.save()
                 self._engine.set("cr0", cr0 & 0x7FFFFFFF)
                 for physical, length in dirty:
                     self._engine.uc.ctl_remove_cache(physical, physical + length)
                 self._engine.set("cr0", cr0)
+                self._kept.restore()
             self._cleaned.notify_all()
 
     def _drop(self, physical: int, length: int) -> None:

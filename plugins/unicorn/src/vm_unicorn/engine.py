@@ -29,6 +29,9 @@ REG: dict[str, int] = {
 
 PROT_READ, PROT_WRITE, PROT_EXEC = unicorn.UC_PROT_READ, unicorn.UC_PROT_WRITE, unicorn.UC_PROT_EXEC
 
+#: Bytes for translated code. A Linux guest that boots to its shell needs about 60 MiB.
+CODE_BUFFER = 128 << 20
+
 #: Callbacks: (engine, port, size, user) -> value; (engine, port, size, value, user).
 IN_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_void_p)
 OUT_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p)
@@ -125,6 +128,8 @@ class Engine:
         self.uc = make(unicorn.UC_ARCH_X86, unicorn.UC_MODE_32)
         # No long mode (this is a 32-bit machine), SSE3: what Debian's i386 kernels want.
         self.uc.ctl_set_cpu_model(x86.UC_CPU_X86_COREDUO)
+        # By default a gigabyte, which a guest fills in time. A full buffer is emptied, and used code translated again.
+        self.uc.ctl_set_tcg_buffer_size(CODE_BUFFER)
         # Without this each return probes the address 'until', a hidden page fault once paging is on.
         self.uc.ctl_exits_enabled(True)
         self.handle: int = self.uc._uch.value

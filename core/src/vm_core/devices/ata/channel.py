@@ -78,9 +78,10 @@ class Channel:
 
     def read(self, offset: int, size: int) -> int:
         """A read of the command block."""
-        if offset == DATA and size > 1:
-            return int.from_bytes(self.read_block(DATA, size, 1), "little")
         if size > 1:
+            if offset == DATA:
+                drive = self.drives[self._selected]
+                return (1 << 8 * size) - 1 if drive is None else drive.pio_read_item(size)
             # Byte registers read as a word: one after the other.
             return sum(self.read(offset + i, 1) << 8 * i for i in range(size))
         drive = self.drives[self._selected]

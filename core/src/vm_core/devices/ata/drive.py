@@ -57,6 +57,9 @@ class Phase(IntEnum):
     DMA = 4
 
 
+_PIO_IN = Phase.PIO_IN
+
+
 class Storage(Protocol):
     """What a drive reads of its :class:`~vm_core.block.backend.BlockBackend`."""
 
@@ -97,11 +100,6 @@ class Link(Protocol):
     def now(self) -> int:
         """Virtual time in nanoseconds."""
         ...
-
-
-def total(views: Sequence[Buffer]) -> int:
-    """Bytes in *views*."""
-    return sum(len(view) for view in views)
 
 
 def cut(views: Sequence[Buffer], start: int, end: int) -> list[Buffer]:
@@ -325,12 +323,17 @@ class Drive(ABC):
         self._forget()
         then()
 
+    def pio_read_item(self, size: int) -> int:
+        """One item of 2 or 4 bytes from the data register."""
+        position = self._position
+        end = position + size
+        if end < self._block_end and self.phase is _PIO_IN:
+            self._position = end
+            return int.from_bytes(self._data[position:end], "little")
+        return int.from_bytes(self.pio_read(size), "little")
+
     def pio_read(self, length: int) -> bytes:
         """*length* bytes from the data register, an even number; zeroes where there are no data."""
-        position = self._position
-        if self.phase == Phase.PIO_IN and position + length < self._block_end:
-            self._position = end = position + length
-            return bytes(self._data[position:end])
         parts = []
         while length and self.phase == Phase.PIO_IN:
             take = min(length, self._block_end - self._position)

@@ -84,7 +84,7 @@ class _Words:
 
     def modes(self, modes: TransferModes) -> None:
         """Words 53, 63–68 and 88: PIO 4, multiword DMA 2, Ultra DMA 5."""
-        self[51] = 0x0200  # PIO timing mode 2
+        self[51] = self[52] = 0x0200  # PIO and single-word DMA timing, mode 2
         self[53] = 0x0007  # words 54–58, 64–70 and 88 are valid
         self[63] = modes.multiword_word
         self[64] = 0x0003  # PIO 3 and 4

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-from .cdsector import RAW, USER, bcd, lba_of, msf
+from .cdsector import USER, lba_of, msf
 from .identify import Identity
 
 #: Bytes of a logical block.
@@ -141,7 +141,7 @@ _READ_12 = struct.Struct(">xxII")
 PROFILE_CD_ROM, PROFILE_DVD_ROM = 0x0008, 0x0010
 
 # Media events of GET EVENT STATUS NOTIFICATION (MMC-5 6.7.2.5.4).
-EVENT_NONE, EVENT_EJECT_REQUEST, EVENT_NEW_MEDIA, EVENT_REMOVAL = 0, 1, 2, 3
+EVENT_NONE, EVENT_NEW_MEDIA, EVENT_REMOVAL = 0, 2, 3
 
 # Mode pages.
 PAGE_ERROR_RECOVERY, PAGE_CD, PAGE_CAPABILITIES, PAGE_ALL = 0x01, 0x0D, 0x2A, 0x3F
@@ -180,10 +180,6 @@ class CdRom:
             self.event = EVENT_NEW_MEDIA
         else:
             self.event = EVENT_REMOVAL
-
-    def eject_requested(self) -> None:
-        """Somebody pressed the eject button of a locked drive."""
-        self.event = EVENT_EJECT_REQUEST
 
     @property
     def blocks(self) -> int:
@@ -570,6 +566,3 @@ class CdRom:
             if page[0] & 0x3F == PAGE_ERROR_RECOVERY:
                 self.recovery, self.retries = page[2], page[3]
         return Good()
-
-
-__all__ = ["COMMANDS", "RAW", "Blocks", "CdRom", "Check", "Good", "Outcome", "Receive", "Sense", "Tray", "bcd"]

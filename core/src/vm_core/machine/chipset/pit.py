@@ -35,7 +35,7 @@ class Counter:
         self.reset()
 
     def reset(self) -> None:
-        """Undefined after power-on by the data sheet; here: mode 3, the longest count, as firmware leaves it."""
+        """Undefined after power-on by the data sheet; here: mode 3 with the longest count, not yet loaded."""
         self.mode = 3
         self.bcd = False
         #: 1: low byte, 2: high byte, 3: low then high.
@@ -221,7 +221,7 @@ class Pit:
         self.counters[2].gate = False
 
     def reset(self) -> None:
-        """Counter 0 runs at 18.2 Hz, as after firmware; the others as they come."""
+        """Nothing counts until it is programmed, as after power-on."""
         for counter in self.counters:
             counter.reset()
         self.counters[2].gate = False
