@@ -149,6 +149,15 @@ class TestBlock:
         assert host.calls[0].arguments[0] == ENGINE
         assert host.get(native.LEFT) == 1
 
+    def test_stop_after_blocks(self, host: Host) -> None:
+        """A stop may be wanted a number of blocks later."""
+        host.put(native.ATTENTION, "<I", 1)
+        host.put(native.STOP, "<I", 3)
+        assert host.block() == []
+        assert host.block() == []
+        assert host.get(native.LEFT) == 0
+        assert host.block() == ["stop"]
+
     @pytest.mark.parametrize(
         ("eflags", "hflags", "leaves"), [(0x202, 0, True), (0x002, 0, False), (0x202, 8, False), (0xFFFFFDFF, 0, False)]
     )

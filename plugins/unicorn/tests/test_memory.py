@@ -247,6 +247,10 @@ class TestCode:
             for thread in threads:
                 thread.join(10)
             assert not any(thread.is_alive() for thread in threads)
+            # While it is asked without a pause the guest may get nowhere; afterwards it must.
+            deadline = time.monotonic() + 10
+            while not machine.word(0x500) and time.monotonic() < deadline:
+                time.sleep(0.001)
             machine.stop()
 
         machine.run(flat_state(), during=during)

@@ -321,10 +321,10 @@ class UnicornCpu(VCpu):
             self._look_again(control)
 
     def _look_again(self, control: native.Control) -> None:
-        """Mode ``block``: leave at the next block to see whether interrupts are accepted then; in time, less often."""
+        """Mode ``block``: leave after a block to see whether interrupts are accepted then; in time, less often."""
         if self._closed_windows < _PATIENCE:
             self._closed_windows += 1
-            control.stop.value = 1
+            control.stop.value = 2
             control.attention.value = 1
         else:
             later = threading.Timer(_LOOK_AGAIN, self.kick)

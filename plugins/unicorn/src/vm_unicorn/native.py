@@ -32,7 +32,7 @@ from .state import MAGIC_GENERAL, StateLayout, set_magic_registers
 
 # Control page: byte offsets of its words.
 ATTENTION = 0  # u32: anything below needs a look
-STOP = 4  # u32: leave at once
+STOP = 4  # u32: 1: leave at once; n: leave after n - 1 blocks
 WINDOW = 8  # u32: leave as soon as interrupts are accepted
 VECTOR = 12  # i32: deliver this interrupt as soon as interrupts are accepted; -1 for none
 EFLAGS_PLACE = 16  # address of EFLAGS in the engine's state
@@ -54,39 +54,44 @@ PAGES = 112
 # x86-64, System V calling convention. The engine calls
 #   block(rdi engine, rsi address, edx size, rcx control)
 _X86_64_BLOCK = bytes.fromhex(
-    "8339 00"  #            cmp  dword [rcx + ATTENTION], 0
-    "7501"  #               jne  look
-    "c3"  #                 ret
-    "8379 04 00"  #   look: cmp  dword [rcx + STOP], 0
-    "7551"  #               jne  leave
-    "488b51 10"  #          mov  rdx, [rcx + EFLAGS_PLACE]
-    "f642 01 02"  #         test byte [rdx + 1], 2          ; IF
-    "7440"  #               jz   out
-    "488b51 18"  #          mov  rdx, [rcx + HFLAGS_PLACE]
-    "f602 08"  #            test byte [rdx], 8              ; the shadow of STI and MOV SS
-    "7537"  #               jnz  out
-    "8b71 0c"  #            mov  esi, [rcx + VECTOR]
-    "85f6"  #               test esi, esi
-    "7831"  #               js   wait
-    "c741 0c ffffffff"  #   mov  dword [rcx + VECTOR], -1
-    "31c0"  #               xor  eax, eax
-    "8701"  #               xchg [rcx + ATTENTION], eax     ; locked: a kick is seen below, or sets it again
-    "8b41 04"  #            mov  eax, [rcx + STOP]
-    "0b41 08"  #            or   eax, [rcx + WINDOW]
-    "7406"  #               jz   deliver
-    "c701 01000000"  #      mov  dword [rcx + ATTENTION], 1
-    "53"  #        deliver: push rbx                        ; also aligns the stack
-    "4889cb"  #             mov  rbx, rcx
-    "488b79 20"  #          mov  rdi, [rcx + ENV]
-    "ba 01000000"  #        mov  edx, 1
-    "ff51 38"  #            call [rcx + DO_INTERRUPT]
-    "488b7b 28"  #          mov  rdi, [rbx + CPU]
-    "ff53 40"  #            call [rbx + DO_LOOP_EXIT]
-    "c3"  #            out: ret
-    "8379 08 00"  #   wait: cmp  dword [rcx + WINDOW], 0
-    "74f9"  #               je   out
-    "c741 50 01000000"  # leave: mov dword [rcx + LEFT], 1
-    "ff61 30"  #            jmp  [rcx + DO_STOP]
+    "833900"  #          cmp dword [rcx + ATTENTION],0x0
+    "7501"  #          jne look
+    "c3"  #          ret
+    "8b4104"  #    look: mov eax,dword [rcx + STOP]
+    "85c0"  #          test eax,eax
+    "7408"  #          je window
+    "ffc8"  #          dec eax
+    "7455"  #          je leave
+    "894104"  #          mov dword [rcx + STOP],eax
+    "c3"  #          ret
+    "488b5110"  #  window: mov rdx,[rcx + EFLAGS_PLACE]
+    "f6420102"  #          test byte [rdx+0x1],0x2  ; IF
+    "7440"  #          je out
+    "488b5118"  #          mov rdx,[rcx + HFLAGS_PLACE]
+    "f60208"  #          test byte [rdx],0x8  ; the shadow of STI and MOV SS
+    "7537"  #          jne out
+    "8b710c"  #          mov esi,dword [rcx + VECTOR]
+    "85f6"  #          test esi,esi
+    "7831"  #          js wait
+    "c7410cffffffff"  #          mov dword [rcx + VECTOR],0xffffffff
+    "31c0"  #          xor eax,eax
+    "8701"  #          xchg dword [rcx + ATTENTION],eax  ; locked: a kick is seen below, or sets it again
+    "8b4104"  #          mov eax,dword [rcx + STOP]
+    "0b4108"  #          or eax,dword [rcx + WINDOW]
+    "7406"  #          je deliver
+    "c70101000000"  #          mov dword [rcx + ATTENTION],0x1
+    "53"  # deliver: push rbx  ; aligns the stack as well
+    "4889cb"  #          mov rbx,rcx
+    "488b7920"  #          mov rdi,[rcx + ENV]
+    "ba01000000"  #          mov edx,0x1
+    "ff5138"  #          call [rcx + DO_INTERRUPT]
+    "488b7b28"  #          mov rdi,[rbx + CPU]
+    "ff5340"  #          call [rbx + DO_LOOP_EXIT]
+    "c3"  #     out: ret
+    "83790800"  #    wait: cmp dword [rcx + WINDOW],0x0
+    "74f9"  #          je out
+    "c7415001000000"  #   leave: mov dword [rcx + LEFT],0x1
+    "ff6130"  #          jmp [rcx + DO_STOP]
 )
 #   exception(rdi engine, esi vector, rdx control)
 _X86_64_EXCEPTION = bytes.fromhex(
@@ -106,46 +111,50 @@ _X86_64_INVALID = bytes.fromhex(
 # AArch64, AAPCS64: the same three with x0… in place of rdi, rsi, edx, rcx.
 # A64 instructions are stored little-endian. Offsets are those of the words above.
 _AARCH64_BLOCK = bytes.fromhex(
-    "690040b9"  #            ldr w9, [x3]
-    "49000035"  #            cbnz w9, look
-    "c0035fd6"  #            ret
-    "690440b9"  #      look: ldr w9, [x3, #4]
-    "09040035"  #            cbnz w9, leave
-    "6a0840f9"  #            ldr x10, [x3, #16]
-    "4a0140b9"  #            ldr w10, [x10]
-    "4a034836"  #            tbz w10, #9, out
-    "6a0c40f9"  #            ldr x10, [x3, #24]
-    "4a0140b9"  #            ldr w10, [x10]
-    "ea021837"  #            tbnz w10, #3, out
-    "610c40b9"  #            ldr w1, [x3, #12]
-    "c102f837"  #            tbnz w1, #31, wait
-    "09008012"  #            mov w9, #0xffffffff
-    "690c00b9"  #            str w9, [x3, #12]
-    "7f0000b9"  #            str wzr, [x3]
-    "bf3b03d5"  #            dmb ish
-    "690440b9"  #            ldr w9, [x3, #4]
-    "6a0840b9"  #            ldr w10, [x3, #8]
-    "29010a2a"  #            orr w9, w9, w10
-    "69000034"  #            cbz w9, deliver
-    "29008052"  #            mov w9, #0x1
-    "690000b9"  #            str w9, [x3]
-    "fd7bbea9"  #   deliver: stp x29, x30, [sp, #-32]!
-    "f30b00f9"  #            str x19, [sp, #16]
-    "f30303aa"  #            mov x19, x3
-    "601040f9"  #            ldr x0, [x3, #32]
-    "22008052"  #            mov w2, #0x1
-    "701c40f9"  #            ldr x16, [x3, #56]
-    "00023fd6"  #            blr x16
-    "601640f9"  #            ldr x0, [x19, #40]
-    "702240f9"  #            ldr x16, [x19, #64]
-    "00023fd6"  #            blr x16
-    "c0035fd6"  #       out: ret
-    "690840b9"  #      wait: ldr w9, [x3, #8]
-    "c9ffff34"  #            cbz w9, out
-    "29008052"  #     leave: mov w9, #0x1
-    "695000b9"  #            str w9, [x3, #80]
-    "701840f9"  #            ldr x16, [x3, #48]
-    "00021fd6"  #            br x16
+    "690040b9"  #          ldr w9, [x3]
+    "49000035"  #          cbnz w9, look
+    "c0035fd6"  #          ret
+    "690440b9"  #    look: ldr w9, [x3, #4]
+    "a9000034"  #          cbz w9, window
+    "29050071"  #          subs w9, w9, #0x1
+    "40040054"  #          b.eq leave
+    "690400b9"  #          str w9, [x3, #4]
+    "c0035fd6"  #          ret
+    "6a0840f9"  #  window: ldr x10, [x3, #16]
+    "4a0140b9"  #          ldr w10, [x10]
+    "4a034836"  #          tbz w10, #9, out
+    "6a0c40f9"  #          ldr x10, [x3, #24]
+    "4a0140b9"  #          ldr w10, [x10]
+    "ea021837"  #          tbnz w10, #3, out
+    "610c40b9"  #          ldr w1, [x3, #12]
+    "c102f837"  #          tbnz w1, #31, wait
+    "09008012"  #          mov w9, #0xffffffff
+    "690c00b9"  #          str w9, [x3, #12]
+    "7f0000b9"  #          str wzr, [x3]
+    "bf3b03d5"  #          dmb ish
+    "690440b9"  #          ldr w9, [x3, #4]
+    "6a0840b9"  #          ldr w10, [x3, #8]
+    "29010a2a"  #          orr w9, w9, w10
+    "69000034"  #          cbz w9, deliver
+    "29008052"  #          mov w9, #0x1
+    "690000b9"  #          str w9, [x3]
+    "fd7bbea9"  # deliver: stp x29, x30, [sp, #-32]!
+    "f30b00f9"  #          str x19, [sp, #16]
+    "f30303aa"  #          mov x19, x3
+    "601040f9"  #          ldr x0, [x3, #32]
+    "22008052"  #          mov w2, #0x1
+    "701c40f9"  #          ldr x16, [x3, #56]
+    "00023fd6"  #          blr x16
+    "601640f9"  #          ldr x0, [x19, #40]
+    "702240f9"  #          ldr x16, [x19, #64]
+    "00023fd6"  #          blr x16
+    "c0035fd6"  #     out: ret
+    "690840b9"  #    wait: ldr w9, [x3, #8]
+    "c9ffff34"  #          cbz w9, out
+    "29008052"  #   leave: mov w9, #0x1
+    "695000b9"  #          str w9, [x3, #80]
+    "701840f9"  #          ldr x16, [x3, #48]
+    "00021fd6"  #          br x16
 )
 _AARCH64_EXCEPTION = bytes.fromhex(
     "401440f9"  #            ldr x0, [x2, #40]
