@@ -10,17 +10,19 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-
-from vmtest.linux import linux_parts
-
-from . import boot
 from .interleave import Result, interleave
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
     """Run the chosen benchmarks."""
+    # The guests are made by the same code as the tests' guests.
+    sys.path.insert(0, str(ROOT / "tests"))
+    from vmtest.linux import linux_parts
+
+    from . import boot
+
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
     parser.add_argument("names", nargs="*", help="grub-ide, grub-virtio, kernel, reads (default: all)")
     parser.add_argument("--rounds", type=int, default=3)

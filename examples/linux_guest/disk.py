@@ -88,7 +88,8 @@ def build_bootable(
         raise DiskError(f"{modules}/boot.img is not here: apt-get install grub-pc-bin")
     core = work / "core.img"
     subprocess.run(
-        [tool("grub-mkimage", "grub-common"), "-O", "i386-pc", "-o", str(core), "-p", "(hd0,msdos1)/boot/grub", *GRUB_MODULES],
+        [tool("grub-mkimage", "grub-common"), "-O", "i386-pc", "-o", str(core),
+         "-p", "(hd0,msdos1)/boot/grub", *GRUB_MODULES],
         check=True, capture_output=True,
     )  # fmt: skip
     boot = bytearray((modules / "boot.img").read_bytes()[:SECTOR])

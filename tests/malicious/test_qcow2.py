@@ -110,7 +110,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str | None]] = {
 
 
 def probe(path: Path, mode: str) -> tuple[int, str, str, float, int]:
-    """(exit code, output, errors, seconds, peak bytes) of opening, reading and writing an image in a process of its own."""
+    """(exit code, output, errors, seconds, peak bytes) of using an image in a process of its own."""
     start = time.monotonic()
     child = subprocess.Popen(
         [sys.executable, "-c", PROBE, str(path), mode], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

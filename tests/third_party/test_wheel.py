@@ -62,7 +62,12 @@ def test_listed_with_its_distribution(venv: Path) -> None:
 def test_reads_what_the_real_tool_wrote(venv: Path, images: tuple[Path, Path]) -> None:
     """A growing image is probed, and reads like the raw image it was made from."""
     raw, growing = images
-    script = "import sys, vm_core; i = vm_core.open(sys.argv[1]); print(i.format); sys.exit(i.read(i.size) != open(sys.argv[2], 'rb').read())"
+    script = """
+import sys, vm_core
+image = vm_core.open(sys.argv[1])
+print(image.format)
+sys.exit(image.read(image.size) != open(sys.argv[2], "rb").read())
+"""
     assert run(venv / "bin/python", "-c", script, growing, raw).strip() == "bochs"
 
 

@@ -113,7 +113,8 @@ def _scan_other(path: list[str] | None) -> Iterator[tuple[str, str, str]]:
         return
     import importlib.metadata
 
-    for found in importlib.metadata.distributions(**({} if path is None else {"path": path})):
+    everywhere = importlib.metadata.distributions
+    for found in everywhere() if path is None else everywhere(path=path):
         try:
             name, version, text = found.metadata["Name"], found.version, found.read_text("entry_points.txt")
         except Exception:  # damaged metadata of some package that is no concern of ours

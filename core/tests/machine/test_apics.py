@@ -357,6 +357,18 @@ def test_messages_find_their_processors(destination: int, logical: bool, expecte
     assert {apic.id for apic in apics if apic.pending()} == expected
 
 
+def test_devices_choose_physical_and_logical_destinations() -> None:
+    """Bit 2 of a message's address makes its destination logical; other addresses are no messages."""
+    bus, apics = several(3)
+    for number, apic in enumerate(apics):
+        apic.write(LDR, 4, 1 << 24 + number)
+    assert bus.deliver_msi(0xFEE01000, 0x50)
+    assert bus.deliver_msi(0xFEE01004, 0x51)
+    assert bus.deliver_msi(0xFEE0400C, 0x52)
+    assert not bus.deliver_msi(0xFED01000, 0x53)
+    assert [apic.acknowledge() if apic.pending() else None for apic in apics] == [0x51, 0x50, 0x52]
+
+
 def test_logical_destinations_in_the_cluster_model_name_cluster_and_members() -> None:
     """In the cluster model the upper half names the cluster, the lower half its members."""
     bus, apics = several(4)

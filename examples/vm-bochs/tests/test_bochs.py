@@ -45,6 +45,13 @@ class TestBochs(FormatConformance):
         yield Sample(directory / "hand.bochs", bytes(data))
         if shutil.which("bximage"):
             (directory / "disk.raw").write_bytes(data)
-            command = ["bximage", "-q", "-func=convert", "-imgmode=growing", directory / "disk.raw", directory / "real.bochs"]
+            command = [
+                "bximage",
+                "-q",
+                "-func=convert",
+                "-imgmode=growing",
+                directory / "disk.raw",
+                directory / "real.bochs",
+            ]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             yield Sample(directory / "real.bochs", bytes(data))

@@ -1,7 +1,7 @@
 """A real QEMU as the other side of differential tests: its devices, driven without a CPU.
 
 Theory of operation. ``qemu-system-x86_64 -qtest stdio`` takes port, memory and configuration accesses as lines of text
-on its standard input (``outl 0xcf8 0x80002000`` → ``OK``, ``inl 0xcfc`` → ``OK 0x10011af4``). Debian builds QEMU without
+on its standard input (``outl 0xcf8 0x80002000`` → ``OK``, ``inl 0xcfc`` → ``OK 0x10011af4``). Debian builds it without
 the accelerator ``qtest``, so the CPU is kept quiet by a ROM that holds nothing but a halt with interrupts off.
 Its RAM is a file that this process maps as well, so drivers that keep rings in guest memory run on it unchanged:
 :class:`QtestAccess` is a :class:`~vm_core.testing.virtio.PciAccess` for a function of that machine.

@@ -443,7 +443,7 @@ class VirtioPciDriver(ABC):
         self.rings = [self.set_up_queue(i, size) for i in range(count if queues is None else queues)]
         self.status = self.status | self.DRIVER_OK
 
-    def _agree(self) -> None:  # noqa: B027
+    def _agree(self) -> None:
         """FEATURES_OK, where the interface has it."""
 
     def _make_ring(self, size: int, packed: bool) -> DriverRing:

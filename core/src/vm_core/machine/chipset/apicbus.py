@@ -82,8 +82,9 @@ class ApicBus:
                 vector=data & 0xFF,
                 destination=address >> 12 & 0xFF,
                 mode=data >> 8 & 7,
-                # Destination mode counts only together with the redirection hint.
-                logical=address & 0xC == 0xC,
+                # Destination mode (bit 2) counts by itself. The manual ties it to the redirection hint (bit 3), but
+                # chipsets do not, and Linux sends to logical destinations without the hint.
+                logical=bool(address & 4),
                 level=bool(data & 0x8000),
             )
         )
