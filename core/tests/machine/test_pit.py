@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vm_core.machine.chipset.pit import FREQUENCY, Pit, Port61, ticks_to_ns
-from vm_core.machine.clock import ManualClock
+from vm_core.machine.clock import Clock, ManualClock
 
 
 class Board:
@@ -184,3 +184,30 @@ def test_refresh_toggles() -> None:
         seen.add(board.port61.read(0, 1) & 0x10)
         board.clock.advance(15_085)
     assert seen == {0, 0x10}
+
+
+@pytest.mark.parametrize("mode", [0, 4])
+def test_a_count_that_ends_while_it_is_written_still_interrupts(mode: int) -> None:
+    """One-shot modes tell the end of a count of a few microseconds, however late the program around them is."""
+
+    class LateClock(Clock):
+        """Time goes on by 50 µs whenever somebody looks at it."""
+
+        late = 0
+
+        def now_ns(self) -> int:
+            self.late += 50_000
+            return self.late
+
+    clock = LateClock()
+    levels: list[bool] = []
+    pit = Pit(clock, levels.append)
+    pit.write(3, 1, 0x30 | mode << 1)
+    levels.clear()
+    pit.write(0, 1, 15)
+    pit.write(0, 1, 0)
+    assert pit._timer.armed
+    assert not any(levels)
+    pit._tick()
+    assert levels[-1]
+    assert not pit._timer.armed

@@ -170,7 +170,7 @@ _WRITES = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(_WRITES, st.sampled_from([IER, IIR, LCR, MCR, LSR, MSR, SCR])), max_size=25))
 def test_registers_agree_with_qemu(qemu: QtestMachine, operations: list[tuple[tuple[int, int], int]]) -> None:
     """Whatever is written to the control registers, every register reads as QEMU's."""

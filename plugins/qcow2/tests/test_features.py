@@ -13,7 +13,7 @@ from qcow2_peer import Qemu
 from vm_core.block.open import create_image, open_node
 from vm_core.errors import BlockError, ImageError, PluginError
 
-MIB = 1 << 20
+KIB, MIB = 1 << 10, 1 << 20
 
 
 def patch(path: Path, offset: int, code: str, *values: object) -> None:
@@ -312,3 +312,11 @@ def test_sizes_change_both_ways(tmp_path: Path, qemu: Qemu, compat: str) -> None
         node.pwrite(8 * MIB - 1, b"e")
     assert qemu.read(path) == expected[:-1] + b"e"
     qemu.sound(path)
+
+
+def test_bytes_cut_off_do_not_come_back_in_the_peer(image: Path, qemu: Qemu) -> None:
+    """What shrinking leaves of the last cluster is cleared: the peer would show it again after growing the image."""
+    with open_node(str(image), readonly=False) as node:
+        node.truncate(100 * KIB)
+    qemu.img("resize", "-q", "-f", "qcow2", image, "1M")
+    assert qemu.read(image) == b"\7" * (100 * KIB) + bytes(MIB - 100 * KIB)

@@ -34,6 +34,7 @@ from .console import Console
 from .linuxboot import BASE_MEMORY_END, E820, E820_RAM, E820_RESERVED, LinuxBoot
 from .machine import Machine
 from .memory import PAGE, GuestMemory, Region
+from .mptable import MP_ADDRESS, PciInterrupt, mp_table
 from .phases import PhaseWatcher
 from .serialport import PORTS, SerialPort, SharedLine
 
@@ -293,6 +294,10 @@ class PcBoard:
         blob, rsdp = self.tables.placed(_TABLES)
         memory.write(_TABLES, blob)
         memory.write(_ROOT_POINTER, rsdp)
+        # For kernels told to do without ACPI.
+        pins = [(function.slot, function.interrupt_pin - 1) for function in self.pci.functions if function is not None]
+        wires = [PciInterrupt(slot, pin, acpi.pci_line(slot, pin)) for slot, pin in sorted(set(pins)) if pin >= 0]
+        memory.write(MP_ADDRESS, mp_table(self.config.cpus, wires))
         e820 = [
             E820(0, BASE_MEMORY_END, E820_RAM),
             E820(BASE_MEMORY_END, 0xA0000 - BASE_MEMORY_END, E820_RESERVED),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING
 
+from vm_core.block.mapping import Kind
 from vm_core.errors import UsageError
 
 from .geometry import MAX_L1_BYTES
@@ -51,8 +52,21 @@ def _shrink(image: Qcow2, size: int) -> None:
     image.order.write_back()
     store.write_header("size")
     store.barrier()
+    _clear_tail(image, size)
     _drop_from(image, size)
     image.order.write_back()
+
+
+def _clear_tail(image: Qcow2, size: int) -> None:
+    """Clear what is left of the last cluster beyond *size*, where that needs no other cluster.
+
+    Not every program that makes the image larger again looks after those bytes.
+    """
+    rest = -size % image.cluster_size
+    if rest:
+        (run,) = image.map(size, rest)
+        if run.kind is Kind.DATA and run.writable and run.storage is not None:
+            run.storage.zero(run.host, rest)
 
 
 def _drop_from(image: Qcow2, size: int) -> None:

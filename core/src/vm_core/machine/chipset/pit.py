@@ -44,6 +44,9 @@ class Counter:
         self.count = 0x10000
         #: A count was written since the mode: without one nothing counts.
         self.loaded = False
+        #: Modes 0 and 4: the count was written and its end not yet told. It may lie in the past by the time somebody
+        #: looks (a dozen microseconds are a count that systems use), and is no less an edge of OUT for that.
+        self.pending = False
         #: When counting began, in input clocks.
         self.start = self._now()
         #: The gate is low in a mode that stops then: ticks counted before that.
@@ -93,20 +96,17 @@ class Counter:
         return passed != self.count
 
     def next_rise(self) -> int | None:
-        """Virtual time of the next rising edge of OUT, None where there will be none without another write."""
+        """Virtual time of the next rising edge of OUT that was not told; None if another write must come first."""
         if not self.loaded or self.held is not None:
             return None
-        passed = self.elapsed()
         mode = self.mode
         if mode in (2, 3):
-            ticks = (passed // self.count + 1) * self.count
-        elif mode == 0:
-            ticks = self.count
-        elif mode == 4:
-            ticks = self.count + 1
+            ticks = (self.elapsed() // self.count + 1) * self.count
+        elif mode in (0, 4) and self.pending:
+            ticks = self.count + (1 if mode == 4 else 0)
         else:
             return None
-        return ticks_to_ns(self.start + ticks) if ticks > passed else None
+        return ticks_to_ns(self.start + ticks)
 
     def set_gate(self, gate: bool) -> None:
         """Modes 0 and 4 pause while the gate is low; a rising gate starts modes 1 and 5 and restarts 2 and 3."""
@@ -138,6 +138,7 @@ class Counter:
         self.mode = mode - 4 if mode > 5 else mode
         self.bcd = bcd
         self.loaded = False
+        self.pending = False
         self.write_low = None
         self.read_high = False
         self.latch = None
@@ -195,6 +196,7 @@ class Counter:
         number = _from_bcd(raw) if self.bcd else raw
         self.count = number or self.modulus
         self.loaded = True
+        self.pending = True
         self.start = self._now()
         waits = self.mode in (1, 5) or not self.gate
         self.held = 0 if waits else None
@@ -231,7 +233,7 @@ class Pit:
     def _rearm(self) -> None:
         counter = self.counters[0]
         # Modes 0 and 1 hold OUT low from the control word on; the others rest high.
-        self._set_irq(counter.out() if counter.mode in (0, 1) else False)
+        self._set_irq(counter.mode in (0, 1) and not counter.pending and counter.out())
         rise = counter.next_rise()
         if rise is None:
             self._timer.cancel()
@@ -241,6 +243,7 @@ class Pit:
     def _tick(self) -> None:
         """OUT of counter 0 rises. In modes 2 and 3 it was low a moment before."""
         counter = self.counters[0]
+        counter.pending = False
         if counter.mode != 0:
             self._set_irq(False)
         self._set_irq(True)

@@ -190,6 +190,8 @@ class Uart:
         if value & 2 or fifo != self.fifo:
             self._received.clear()
             self._errors = 0
+        if value & 4 or fifo != self.fifo:
+            self._thre_pending = True  # a transmitter that is cleared has become empty
         self.fifo = fifo
         self._trigger = _TRIGGER[value >> 6] if fifo else 1
         self._update()
