@@ -210,4 +210,4 @@ def test_a_count_that_ends_while_it_is_written_still_interrupts(mode: int) -> No
     assert not any(levels)
     pit._tick()
     assert levels[-1]
-    assert not pit._timer.armed
+    assert pit.counters[0].next_rise() is None
