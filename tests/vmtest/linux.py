@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "examples/linux_guest"))
 import initramfs
 import packages
 
-APPEND = "console=ttyS0 nolapic noapic nosmp no_timer_check tsc=unstable mitigations=off random.trust_cpu=on quiet"
+APPEND = "console=ttyS0 no_timer_check tsc=unstable mitigations=off random.trust_cpu=on quiet"
 
 
 @attrs.frozen

@@ -249,6 +249,7 @@ class Machine(RuleBasedStateMachine):
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
+@pytest.mark.timeout(4 * 3600 if LONG else 600)
 def test_turns_with_the_peer(qemu: Qemu) -> None:
     """Whatever is done to an image here and by qemu-io, in whatever order, both find in it what was last written."""
     from hypothesis.stateful import run_state_machine_as_test
@@ -257,8 +258,8 @@ def test_turns_with_the_peer(qemu: Qemu) -> None:
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=400 if LONG else 25,
-            stateful_step_count=60 if LONG else 15,
+            max_examples=200 if LONG else 25,
+            stateful_step_count=50 if LONG else 15,
             deadline=None,
             suppress_health_check=list(HealthCheck),
             derandomize=not LONG,

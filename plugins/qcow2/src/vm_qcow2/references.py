@@ -55,6 +55,10 @@ class References:
         """The counters of one piece."""
         return self._pieces.get(number, self._none)
 
+    def __contains__(self, number: int) -> bool:
+        """Whether anything is counted in piece *number*."""
+        return number in self._pieces
+
     def pieces(self) -> list[int]:
         """Numbers of the pieces in which something is counted."""
         return sorted(self._pieces)
