@@ -61,3 +61,19 @@ KNOWN_DRIVERS: dict[str, dict[str, str]] = {
         "vhost-user-blk": "vm-vhost-user",
     },
 }
+
+#: Offset, bytes and format of what formats of the family begin with: an image of one that is not installed must not be
+#: taken for raw, least of all when it is opened for writing.
+KNOWN_SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
+    (0, b"QFI\xfb", "qcow2"),
+    (0, b"QED\0", "qed"),
+    (0, b"KDMV", "vmdk"),
+    (0, b"COWD", "vmdk"),
+    (0, b"# Disk DescriptorFile", "vmdk"),
+    (0, b"vhdxfile", "vhdx"),
+    (0, b"conectix", "vpc"),
+    (64, b"\x7f\x10\xda\xbe", "vdi"),
+    (0, b"LUKS\xba\xbe", "luks"),
+    (0, b"WithoutFreeSpace", "parallels"),
+    (0, b"WithouFreSpacExt", "parallels"),
+)

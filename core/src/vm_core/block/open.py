@@ -724,9 +724,16 @@ def _refuse_rest(driver: str, options: dict[str, Any]) -> None:
 
 
 def _probe(file: Node) -> str:
+    from ..errors import PluginError
+    from ..plugins import registry
     from .probe import probe
 
-    return probe(file)
+    name = probe(file)
+    try:
+        registry().find("format", name)
+    except PluginError as error:
+        raise ImageError(file.filename, f"a {name} image: {error}; format=raw takes it for raw bytes") from error
+    return name
 
 
 def _guard_raw(node: Node, context: OpenContext) -> None:

@@ -50,12 +50,21 @@ def _matches(mark: Signature, head: bytes, tail: bytes) -> bool:
 
 
 def guess(head: bytes, tail: bytes, size: int, filename: str = "") -> str:
-    """The name of the format with the highest score, ``raw`` where no driver has any."""
+    """The name of the format with the highest score, ``raw`` where no driver has any.
+
+    A well-known format that no installed driver reads is named too.
+    """
     best, name = 0, "raw"
     for driver in format_drivers():
         found = score(driver, head, tail, size, filename)
         if found > best:
             best, name = found, driver.name
+    if name == "raw":
+        from ..known_drivers import KNOWN_SIGNATURES
+
+        installed = {driver.name for driver in format_drivers()}
+        marks = ((format, head.startswith(magic, offset)) for offset, magic, format in KNOWN_SIGNATURES)
+        name = next((format for format, found in marks if found and format not in installed), name)
     return name
 
 
