@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from ..qmp.monitor import Drive, Monitor
     from .arguments import CommandLine
 
+#: Seconds after which the waiting main thread runs handlers of signals that did not wake it.
+_LOOK_FOR_SIGNALS = 0.5
+
 
 class Run:
     """The parts of one run, taken apart in :meth:`close` in the order that loses nothing."""
@@ -165,7 +168,10 @@ class Run:
             self.commands.start()
             if not paused:
                 machine.cont()
-            machine.wait()
+            # Not one long wait: of two signals at once the kernel may give the first to another thread, whose C handler
+            # leaves the Python handler to this one without waking it. `timeout` sends SIGTERM and SIGCONT together.
+            while machine.wait(_LOOK_FOR_SIGNALS) is None:
+                pass
         return 0
 
     @contextlib.contextmanager
