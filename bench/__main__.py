@@ -35,7 +35,7 @@ def main() -> int:
             if name.startswith("grub-"):
                 add(
                     table,
-                    f"firmware to GRUB's prompt, {name[5:]}",
+                    f"firmware to GRUB's menu, {name[5:]}",
                     interleave(boot.grub(work, name[5:]), options.rounds),
                 )
             elif name == "kernel":

@@ -41,7 +41,7 @@ def until(pattern: str, arguments: list[str], command: list[str] | None = None) 
 
 
 def grub(work: Path, interface: str) -> dict[str, Callable[[], float]]:
-    """GRUB's prompt from the rescue USB image in a qcow2 file."""
+    """GRUB's menu from the rescue USB image in a qcow2 file."""
     disk = work / "usb.qcow2"
     if not disk.exists():
         source = media("/usr/lib/grub-rescue/grub-rescue-usb.img", "grub-rescue-pc")
