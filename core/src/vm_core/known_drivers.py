@@ -1,4 +1,4 @@
-"""Which distribution brings a driver that is not installed: data for one error message.
+"""Which distribution brings what is not installed: data for error messages.
 
 Only names of this project's own family stand here; a driver of somebody else's plugin needs no entry to work.
 """
@@ -60,6 +60,14 @@ KNOWN_DRIVERS: dict[str, dict[str, str]] = {
         "fuse": "vm-fuse",
         "vhost-user-blk": "vm-vhost-user",
     },
+}
+
+#: ``-drive if=`` → distribution.
+KNOWN_INTERFACES: dict[str, str] = {
+    "floppy": "vm-floppy",
+    "ide": "vm-ide",
+    "scsi": "vm-virtio-scsi",
+    "virtio": "vm-virtio-blk",
 }
 
 #: Offset, bytes and format of what formats of the family begin with: an image of one that is not installed must not be

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
 Warn = Callable[[str], None]
 
-#: Which distribution brings a frontend for an interface: data for one error message.
-_INTERFACES = {"floppy": "vm-floppy", "ide": "vm-ide", "scsi": "vm-virtio-scsi", "virtio": "vm-virtio-blk"}
-
 
 class Images:
     """The drives and block nodes of one command line. :meth:`close` closes all that was opened."""
@@ -214,7 +211,9 @@ def check_interface(spec: DriveSpec) -> None:
                 f"{spec.spelled}: if={spec.interface} needs {entry.name!r} of {entry.distribution}, which is "
                 f"{state}: {entry.reason}; {remedy}"
             )
-    known = _INTERFACES.get(spec.interface)
+    from ..known_drivers import KNOWN_INTERFACES
+
+    known = KNOWN_INTERFACES.get(spec.interface)
     if known is None:
         raise UsageError(f"{spec.spelled}: no interface {spec.interface!r}; {there}")
     for entry in registry().entries():
