@@ -102,6 +102,8 @@ class FormatDriver(Descriptor):
     probe: str | None = None
     extensions: tuple[str, ...] = ()
     create_options: tuple[Option, ...] = ()
+    #: What ``amend -o`` may change.
+    amend_options: tuple[Option, ...] = ()
 
 
 @attrs.frozen(kw_only=True)

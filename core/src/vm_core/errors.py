@@ -25,10 +25,12 @@ class PluginError(VmError):
 class ImageError(VmError):
     """An image is malformed, unsupported or refused. ``str()`` reads ``NAME: REASON``."""
 
-    def __init__(self, name: str, reason: str) -> None:
+    def __init__(self, name: str, reason: str, *, peer: str = "") -> None:
+        """*peer* is how QEMU's tools put it, for programs that stand in for them, where that is not *reason*."""
         super().__init__(f"{name}: {reason}" if name else reason)
         self.name = name
         self.reason = reason
+        self.peer = peer or reason
 
 
 class GateError(ImageError):

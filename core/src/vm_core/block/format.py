@@ -13,7 +13,7 @@ everything in it that was flushed; ``flush`` owns that order.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ImageError, UsageError
@@ -22,6 +22,10 @@ from .mapping import Allocation, Mapping
 if TYPE_CHECKING:
     from .node import Node
     from .open import OpenContext
+
+
+#: Told how far a long operation is: bytes (or other units) done, and all there are.
+Progress = Callable[[int, int], None]
 
 
 class BackingReference(NamedTuple):
@@ -98,6 +102,93 @@ class Format(ABC):
 
     def discard(self, offset: int, length: int) -> None:
         """Give back whole clusters. What the guest reads there afterwards must not be older data of a backing image."""
+
+    # Compressed writing (capability ``compress``)
+
+    def encode(self, offset: int, data: bytes | memoryview) -> bytes | None:
+        """The stored form of one whole cluster of guest *data*; None where it does not get smaller.
+
+        Called without any lock, from several threads at once: it touches nothing of the image. The core pads the
+        image's last cluster with zeroes.
+        """
+        raise NotImplementedError
+
+    def allocate_encoded(self, offset: int, length: int) -> Allocation:
+        """Host space of *length* bytes for the stored form of the cluster at guest *offset*.
+
+        The core writes the bytes at ``host`` and calls :meth:`commit` (or :meth:`abort`). The allocation's ``length``
+        is
+        that of the guest bytes. Raises BlockError(EIO) where the format cannot replace what the cluster holds already.
+        """
+        raise NotImplementedError
+
+    # Internal snapshots (capability ``snapshots``)
+
+    def snapshots(self) -> Sequence[dict[str, Any]]:
+        """The snapshots, shaped as QEMU's SnapshotInfo (``id``, ``name``, ``vm-state-size``, ``date-sec``, …)."""
+        return ()
+
+    def snapshot_create(self, name: str) -> None:
+        """Keep the present contents as a snapshot called *name*."""
+        raise UsageError("this format has no snapshots")
+
+    def snapshot_apply(self, name: str) -> None:
+        """Go back to the snapshot of this id or name (an id is tried first). Raises ImageError where there is none."""
+        raise UsageError("this format has no snapshots")
+
+    def snapshot_delete(self, name: str) -> None:
+        """Delete the snapshot of this id or name."""
+        raise UsageError("this format has no snapshots")
+
+    def snapshot_load(self, *, id: str | None = None, name: str | None = None) -> None:
+        """Show the contents of a snapshot from now on; the image must be open read-only."""
+        raise UsageError("this format has no snapshots")
+
+    # Dirty bitmaps kept in the image (capability ``bitmaps``)
+
+    def bitmaps(self) -> Sequence[dict[str, Any]]:
+        """The bitmaps: ``name``, ``granularity`` (bytes), ``flags`` (of ``auto``, ``in-use``)."""
+        return ()
+
+    def bitmap_add(self, name: str, granularity: int | None = None, *, enabled: bool = True) -> None:
+        """Add an empty bitmap; *granularity* in bytes, a power of two from 512 to 2 GiB."""
+        raise UsageError("this format has no bitmaps")
+
+    def bitmap_remove(self, name: str) -> None:
+        """Take a bitmap away."""
+        raise UsageError("this format has no bitmaps")
+
+    def bitmap_clear(self, name: str) -> None:
+        """Make a bitmap empty."""
+        raise UsageError("this format has no bitmaps")
+
+    def bitmap_enable(self, name: str, *, enabled: bool = True) -> None:
+        """Let writes set bits of it (or no longer)."""
+        raise UsageError("this format has no bitmaps")
+
+    def bitmap_load(self, name: str) -> tuple[int, bytearray]:
+        """A bitmap's granularity (bytes) and its bits, least significant first, one a granule."""
+        raise UsageError("this format has no bitmaps")
+
+    def bitmap_merge(self, name: str, granularity: int, bits: bytes | bytearray) -> None:
+        """Set in bitmap *name* what another one, of whatever granularity, has set."""
+        raise UsageError("this format has no bitmaps")
+
+    # Changes of the image as a whole
+
+    def amend(self, options: dict[str, Any], *, force: bool = False, progress: Progress | None = None) -> None:
+        """Change what ``qemu-img amend -o`` changes: the descriptor's ``amend_options``."""
+        raise UsageError("this format cannot be amended")
+
+    def change_backing(self, filename: str | None, format: str | None) -> None:
+        """Record another backing image (None: none) without looking at any data (``rebase -u``)."""
+        raise UsageError("this format has no backing images")
+
+    @classmethod
+    def measure(cls, size: int, data: Iterable[tuple[int, int]], options: dict[str, Any]) -> dict[str, int]:
+        """Bytes that a new image of *size* takes: ``required`` with the *data* ranges (offset, length; ascending) in
+        it, ``fully-allocated`` with everything. *options* as for :meth:`create`. QEMU's BlockMeasureInfo."""
+        raise UsageError("this format cannot be measured")
 
     def flush(self) -> None:
         """Bring data and metadata to stable storage, in a safe order. Includes ``self.file.flush()``."""
