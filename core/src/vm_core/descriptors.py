@@ -6,11 +6,12 @@ shell completion are made from them alone, so loading every plugin imports no im
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable
 from typing import Any, Literal
 
 import attrs
+
+from .references import load_implementation
 
 #: The version of the contracts in this module, in the hook specifications and in the base classes they name. A
 #: descriptor of another version is listed as ``wrong-api`` and never used.
@@ -71,21 +72,7 @@ class Descriptor:
 
         Raises PluginError, with the command that mends it, where it cannot be imported.
         """
-        try:
-            return load_reference(self.implementation)
-        except (ImportError, AttributeError, SyntaxError) as error:
-            from .plugins import implementation_error
-
-            raise implementation_error(self, error) from error
-
-
-def load_reference(reference: str) -> Any:
-    """Import ``package.module:attribute`` and return the attribute."""
-    module, _, attribute = reference.partition(":")
-    target: Any = importlib.import_module(module)
-    for part in attribute.split("."):
-        target = getattr(target, part)
-    return target
+        return load_implementation(self.kind, self.name, self.implementation)
 
 
 @attrs.frozen(kw_only=True)

@@ -455,9 +455,9 @@ def make_engine(name: str, host: BlockBackend, options: dict[str, Any]) -> Engin
 
         implementation = ThreadsEngine
     else:
-        from ..plugins import registry
+        from ..plugins import find
 
-        implementation = registry().find("engine", name).load()
+        implementation = find("engine", name).load()
     engine: Engine = implementation(host, options)
     if options:
         raise UsageError(f"engine {name}: the option {min(options)!r} is unknown")

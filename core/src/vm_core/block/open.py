@@ -25,7 +25,7 @@ import stat
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import GateError, ImageError, LockError, UsageError, VmError
 from .cache import WRITEBACK, CacheMode
@@ -37,7 +37,7 @@ from .imagenode import ImageNode
 from .node import Node, Protocol
 
 if TYPE_CHECKING:
-    from ..descriptors import Descriptor, Option
+    from ..descriptors import Descriptor, FormatDriver, Option, ProtocolDriver
 
 Warn = Callable[[str], None]
 
@@ -252,12 +252,10 @@ def create_image(
     *options* are strings or typed values, as after ``-o``. Refuses to overwrite an image that is in use. Nothing is
     left behind of a new file when it fails. Raises ImageError, PluginError or UsageError.
     """
-    from ..descriptors import FormatDriver
     from ..options import typed
-    from ..plugins import registry
+    from ..plugins import find
 
-    driver = registry().find("format", format)
-    assert isinstance(driver, FormatDriver)
+    driver = cast("FormatDriver", find("format", format))
     if "create" not in driver.capabilities:
         raise UsageError(f"Format driver '{format}' does not support image creation")
     given = typed(options or {}, driver.create_options, f"Format driver '{format}'")
@@ -674,13 +672,13 @@ def _lookup(driver: str) -> tuple[str, Any, Descriptor | None]:
 
         return kind, getattr(import_module(module), attribute), None
     from ..errors import PluginError
-    from ..plugins import registry
+    from ..plugins import find
 
     try:
-        descriptor = registry().find("format", driver)
+        descriptor = find("format", driver)
     except PluginError as as_format:
         try:
-            descriptor = registry().find("protocol", driver)
+            descriptor = find("protocol", driver)
         except PluginError as as_protocol:
             # Of the two complaints, the one that knows what to do.
             raise (as_protocol if "not installed" in str(as_protocol) else as_format) from None
@@ -696,9 +694,9 @@ def _typed(driver: str, kind: str, options: dict[str, Any], descriptor: Descript
     if descriptor is None:
         if set(options) == {"filename"} and isinstance(options["filename"], str):
             return options
-        from ..plugins import registry
+        from ..plugins import find
 
-        descriptor = registry().find(kind, driver)
+        descriptor = find(kind, driver)
     from ..options import typed
 
     return typed(options, descriptor.options, driver)
@@ -725,12 +723,12 @@ def _refuse_rest(driver: str, options: dict[str, Any]) -> None:
 
 def _probe(file: Node) -> str:
     from ..errors import PluginError
-    from ..plugins import registry
+    from ..plugins import find
     from .probe import probe
 
     name = probe(file)
     try:
-        registry().find("format", name)
+        find("format", name)
     except PluginError as error:
         raise ImageError(file.filename, f"a {name} image: {error}; format=raw takes it for raw bytes") from error
     return name
@@ -763,16 +761,15 @@ def _protocol_of(filename: str) -> tuple[str, dict[str, Any]]:
     match = SCHEME.match(filename)
     if match is None:
         return ("file" if _is_plain(filename) else _local_protocol(filename)), {"filename": filename}
-    from ..descriptors import ProtocolDriver
     from ..errors import PluginError
-    from ..plugins import registry
+    from ..plugins import drivers, find
 
     scheme = match[1]
-    for driver in registry().all("protocol"):
-        if isinstance(driver, ProtocolDriver) and (scheme in driver.prefixes or scheme == driver.name):
+    for driver in cast("list[ProtocolDriver]", drivers("protocol")):
+        if scheme in driver.prefixes or scheme == driver.name:
             return driver.name, driver.load().parse_filename(filename)
     try:
-        found = registry().find("protocol", scheme.partition("+")[0])
+        found = find("protocol", scheme.partition("+")[0])
     except PluginError as error:
         if os.path.exists(filename):
             raise UsageError(f"'{filename}' reads as protocol {scheme!r}: write ./{filename} for the file") from None
@@ -790,10 +787,10 @@ def _is_plain(path: str) -> bool:
 
 def _local_protocol(path: str) -> str:
     """The protocol driver that makes the highest claim to a path that is no regular file."""
-    from ..plugins import registry
+    from ..plugins import drivers
 
     best, name = 0, "file"
-    for driver in registry().all("protocol"):
+    for driver in drivers("protocol"):
         if "local" in driver.capabilities:
             claim: int = driver.load().claims(path)
             if claim > best:

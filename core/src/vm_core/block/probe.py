@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from ..descriptors import FormatDriver, Signature, load_reference
+from ..references import load_reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ..descriptors import FormatDriver, Signature
     from .node import Node
 
 #: Bytes from the start of a file that formats are recognised by, and from the end those with a footer.
@@ -20,9 +21,9 @@ TAIL = 64 * 1024
 
 def format_drivers() -> Sequence[FormatDriver]:
     """Every healthy format driver."""
-    from ..plugins import registry
+    from ..plugins import drivers
 
-    return [driver for driver in registry().all("format") if isinstance(driver, FormatDriver)]
+    return cast("list[FormatDriver]", drivers("format"))
 
 
 @cache
