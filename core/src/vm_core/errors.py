@@ -8,10 +8,22 @@ from __future__ import annotations
 
 import errno
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import Self
 
 
 class VmError(Exception):
     """A failure to be told in one line, without a traceback."""
+
+    #: How QEMU's tools put it, for programs that stand in for them; empty where that is ``str()``.
+    peer: str = ""
+
+    def put(self, peer: str) -> Self:
+        """Set :attr:`peer`; for ``raise UsageError("…").put("…")``."""
+        self.peer = peer
+        return self
 
 
 class UsageError(VmError):

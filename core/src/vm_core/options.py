@@ -159,7 +159,14 @@ def parse_bool(text: str | bool, name: str = "value") -> bool:
         return True
     if text in _FALSE:
         return False
-    raise UsageError(f"{name}={text}: 'on' or 'off' is needed")
+    raise UsageError(f"{name}={text}: 'on' or 'off' is needed").put(
+        f"Parameter '{_parameter(name)}' expects 'on' or 'off'"
+    )
+
+
+def _parameter(name: str) -> str:
+    """The option's own name behind what messages begin with."""
+    return name.rpartition(": ")[2]
 
 
 def parse_size(text: str | int, name: str = "size", default_suffix: str = "") -> int:
@@ -180,7 +187,11 @@ def parse_size(text: str | int, name: str = "size", default_suffix: str = "") ->
                 raise ValueError(text)
             value = _scaled(digits, _SUFFIXES[suffix])
     except (ValueError, KeyError):
-        raise UsageError(f"{name}={text}: a size is needed: a number with k, M, G, T, P or E behind it") from None
+        raise UsageError(f"{name}={text}: a size is needed: a number with k, M, G, T, P or E behind it").put(
+            f"Parameter '{_parameter(name)}' expects a non-negative number below 2^64\n"
+            "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n"
+            "and exabytes, respectively."
+        ) from None
     if value >= 1 << 63:
         raise UsageError(f"{name}={text}: at most {(1 << 63) - 1} bytes are possible")
     return value
@@ -203,17 +214,20 @@ def parse_int(text: str | int, name: str = "value") -> int:
     try:
         return int(text, 0) if str(text).lower().lstrip("+-").startswith("0x") else int(text)
     except ValueError:
-        raise UsageError(f"{name}={text}: a whole number is needed") from None
+        raise UsageError(f"{name}={text}: a whole number is needed").put(
+            f"Parameter '{_parameter(name)}' expects a number"
+        ) from None
 
 
 def typed(values: Mapping[str, Any], options: Sequence[Option], where: str) -> dict[str, Any]:
     """*values* as the types that *options* declare. *where* begins the messages: ``-device ide-hd``.
 
-    Defaults are not filled in. Raises UsageError for unknown names, wrong values and required options left out.
+    An option with dots in its name is given as a member of nested dicts or by that name. Defaults are not filled in.
+    Raises UsageError for unknown names, wrong values and required options left out.
     """
     known = {option.name: option for option in options}
     result: dict[str, Any] = {}
-    for name, value in values.items():
+    for name, value in _flat(values, known):
         option = known.get(name)
         if option is None:
             raise UsageError(f"{where}: no option {name!r}{suggest(name, known)}")
@@ -222,6 +236,18 @@ def typed(values: Mapping[str, Any], options: Sequence[Option], where: str) -> d
         if option.required and option.name not in result:
             raise UsageError(f"{where}: {option.name}=… is needed: {option.help}")
     return result
+
+
+def _flat(values: Mapping[str, Any], known: Mapping[str, Option]) -> list[tuple[str, Any]]:
+    """Names and values, with the members of a dict under dotted names where such options are *known*."""
+    found: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        if isinstance(value, dict) and name not in known and any(one.startswith(f"{name}.") for one in known):
+            members = {f"{name}.{key}": member for key, member in value.items()}
+            found += _flat(members, known)
+        else:
+            found.append((name, value))
+    return found
 
 
 def convert(value: Any, option: Option, where: str) -> Any:

@@ -188,7 +188,7 @@ def test_snapshots_keep_what_they_hold(image: Path, qemu: Qemu) -> None:
     """Overwriting, zeroing and discarding leave internal snapshots as they were, with refcounts to match."""
     qemu.img("snapshot", "-c", "one", image)
     with open_node(str(image), readonly=False) as node:
-        assert [one.name for one in node.format.snapshots] == ["one"]  # type: ignore[attr-defined]
+        assert [one.name for one in node.format.snapshot_table.entries] == ["one"]  # type: ignore[attr-defined]
         node.pwrite(100, b"x" * 100_000)
         node.zero(256 * 1024, 256 * 1024)
         node.discard(512 * 1024, 256 * 1024)

@@ -109,7 +109,9 @@ class FileProtocol(Protocol):
     def open(cls, options: dict[str, Any], context: OpenContext) -> Protocol:
         filename = options.pop("filename", None)
         if not isinstance(filename, str) or not filename:
-            raise UsageError(f"{cls.driver}: the option 'filename' is missing")
+            raise UsageError(f"{cls.driver}: the option 'filename' is missing").put(
+                f"The '{cls.driver}' block driver requires a file name"
+            )
         locking = options.pop("locking", "auto")
         options.pop("aio", None)  # the engine is the backend's
         readonly = context.readonly
@@ -150,13 +152,19 @@ class FileProtocol(Protocol):
         if not stat.S_ISREG(mode):
             kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
             hint = "; use the driver host_device" if stat.S_ISBLK(mode) or stat.S_ISCHR(mode) else ""
-            raise ImageError(filename, f"'file' driver requires a regular file, and this is {kind}{hint}")
+            raise ImageError(
+                filename,
+                f"'file' driver requires a regular file, and this is {kind}{hint}",
+                peer=f"'{cls.driver}' driver requires '{filename}' to be a regular file",
+            )
 
     @classmethod
     def _lock(cls, fd: int, filename: str, context: OpenContext, readonly: bool) -> None:
         if context.share:
             if not readonly:
-                raise UsageError("force-share=on (-U) goes with read-only images alone")
+                raise UsageError("force-share=on (-U) goes with read-only images alone").put(
+                    "force-share=on can only be used with read-only images"
+                )
             return
         locks.acquire(fd, filename, (locks.CONSISTENT_READ,) if readonly else (locks.CONSISTENT_READ, locks.WRITE), ())
 
@@ -427,6 +435,28 @@ class FileProtocol(Protocol):
                         self._size = max(self._size, stop)
                         os.ftruncate(self._fd, self._size)
                 position = stop
+
+    def copy_from(self, offset: int, source: FileProtocol, start: int, length: int, *, share: bool) -> int:
+        """Have the host put *length* bytes of *source* from *start* on to *offset*; returns how many it did.
+
+        With *share* the files then share the blocks: all of them, or none.
+        """
+        from . import sharing
+
+        if self.readonly:
+            raise self.read_only_error()
+        try:
+            if share:
+                done = length if sharing.share_range(source._fd, start, self._fd, offset, length) else 0
+            else:
+                done = sharing.copy_range(source._fd, start, self._fd, offset, length)
+        except OSError as error:
+            raise _error(error) from None
+        finally:
+            self._written = next(self._writes)
+        if done:
+            self._grown(offset + done)
+        return done
 
     def flush(self) -> None:
         if self.no_flush:

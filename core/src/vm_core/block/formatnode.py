@@ -45,7 +45,7 @@ from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Mapping as Dict
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from ..errors import BlockError, ImageError, VmError
 from .extents import Lease, Step, plan
@@ -87,6 +87,15 @@ def _as_block_errors(function: Callable[P, T]) -> Callable[P, T]:
             raise BlockError.of(error.errno or errno.EIO, error.strerror or str(error)) from error
 
     return wrapper
+
+
+class WriteTicket(NamedTuple):
+    """A write that was begun and not finished: its range, its host space and its lock."""
+
+    offset: int
+    length: int
+    allocations: list[Allocation]
+    ticket: int
 
 
 class FormatNode(ImageNode):
@@ -351,6 +360,12 @@ class FormatNode(ImageNode):
         """Write through ``allocate``. The clusters are locked exclusively by the caller."""
         with self._mutex:
             allocations = list(self.format.allocate(offset, length))
+        self._fill_allocations(offset, length, buffers, allocations)
+
+    def _fill_allocations(
+        self, offset: int, length: int, buffers: Sequence[Buffer], allocations: Sequence[Allocation]
+    ) -> None:
+        """Write the data of a request and commit its fresh allocations, or give them back if that fails."""
         fresh = [one for one in allocations if one.fresh]
         try:
             self._check_allocations(offset, length, allocations)
@@ -364,6 +379,57 @@ class FormatNode(ImageNode):
         if fresh:
             with self._mutex:
                 self.format.commit(fresh)
+
+    @_as_block_errors
+    def begin_write(self, offset: int, length: int) -> WriteTicket:
+        """The first half of a write: lock the range and set host space aside for it, touching no data.
+
+        For bulk jobs, where the order of these calls decides the layout while the data moves side by side. Each ticket
+        goes to :meth:`finish_write` or :meth:`cancel_write`, once, from any thread.
+        """
+        if self.readonly:
+            raise self.read_only_error()
+        if offset < 0 or length <= 0 or offset + length > self.format.size:
+            raise self._past_end()
+        start, end = self._clusters(offset, length)
+        with self._mutex:
+            ticket = self._ranges.exclusive(start, end)
+            try:
+                self._forget(start, end)
+                allocations = list(self.format.allocate(offset, length))
+            except BaseException:
+                self._ranges.drop(ticket)
+                raise
+        return WriteTicket(offset, length, allocations, ticket)
+
+    @_as_block_errors
+    def finish_write(self, write: WriteTicket, buffers: Sequence[Buffer]) -> None:
+        """The second half: write the data where it belongs and make it what the guest sees."""
+        try:
+            self._fill_allocations(write.offset, write.length, buffers, write.allocations)
+        finally:
+            self._ranges.release(write.ticket)
+
+    @_as_block_errors
+    def commit_write(self, write: WriteTicket) -> None:
+        """Instead of :meth:`finish_write`: the caller has put the data of all allocations, whole, in their place."""
+        fresh = [one for one in write.allocations if one.fresh]
+        with self._mutex:
+            try:
+                if fresh:
+                    self.format.commit(fresh)
+            finally:
+                self._ranges.drop(write.ticket)
+
+    def cancel_write(self, write: WriteTicket) -> None:
+        """Give back what :meth:`begin_write` set aside: there will be no data."""
+        fresh = [one for one in write.allocations if one.fresh]
+        with self._mutex:
+            try:
+                if fresh:
+                    self.format.abort(fresh)
+            finally:
+                self._ranges.drop(write.ticket)
 
     def _check_allocations(self, offset: int, length: int, allocations: Sequence[Allocation]) -> None:
         """A driver's mistake must not become a write to the wrong place."""
@@ -557,6 +623,15 @@ class FormatNode(ImageNode):
         finally:
             self._ranges.release(ticket)
         return bytes(data)
+
+    @_as_block_errors
+    def transform(self, run: Mapping) -> bytes:
+        """Like :meth:`read_special` without any lock, for bulk jobs on an image that nobody writes to."""
+        unit = self.format.special_unit or self.cluster_size
+        end = run.offset + run.length
+        if run.offset % unit or (end % unit and end != self.format.size):
+            return self.read_special(run)
+        return self._transform(run)
 
     def reopen(self, *, readonly: bool) -> None:
         if readonly == self.readonly:

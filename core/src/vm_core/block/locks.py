@@ -59,10 +59,10 @@ def acquire(fd: int, filename: str, uses: Iterable[int], refuses: Iterable[int])
             taken.append(byte)
         for bit in uses:
             if _held_elsewhere(fd, UNSHARED_BASE + bit):
-                raise LockError(filename, _in_use(filename, f'"{NAMES[bit]}" lock'))
+                raise _in_use(filename, f'"{NAMES[bit]}" lock')
         for bit in refuses:
             if _held_elsewhere(fd, PERMISSION_BASE + bit):
-                raise LockError(filename, _in_use(filename, f'shared "{NAMES[bit]}" lock'))
+                raise _in_use(filename, f'shared "{NAMES[bit]}" lock')
     except LockError:
         for byte in taken:
             _set(fd, byte, fcntl.F_UNLCK)
@@ -77,8 +77,10 @@ def release(fd: int) -> None:
             _set(fd, UNSHARED_BASE + bit, fcntl.F_UNLCK)
 
 
-def _in_use(filename: str, what: str) -> str:
-    return f"Failed to get {what}. Is another process using the image [{filename}]?"
+def _in_use(filename: str, what: str) -> LockError:
+    """The error in one sentence; QEMU has two lines."""
+    failed, question = f"Failed to get {what}", f"Is another process using the image [{filename}]?"
+    return LockError(filename, f"{failed}. {question}", peer=f"{failed}\n{question}")
 
 
 def _set(fd: int, byte: int, kind: int) -> bool:

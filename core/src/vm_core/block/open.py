@@ -75,6 +75,8 @@ class OpenContext:
         follow_backing: bool = True,
         warn: Warn | None = None,
         ancestors: tuple[Any, ...] = (),
+        io: bool = True,
+        check: bool = False,
     ) -> None:
         #: No changes are wanted.
         self.readonly = readonly
@@ -95,6 +97,10 @@ class OpenContext:
         self.follow_backing = follow_backing
         self.warn = warn or _warn
         self.ancestors = ancestors
+        #: Guest data will be read or written; without, an encrypted image opens without its key.
+        self.io = io
+        #: Opened to be checked or repaired: images marked as dirty or corrupt open too; nothing is mended on the way.
+        self.check = check
         self._file: Node | None = None
         self._explicit: dict[str, Any] = {}
         self._opened: list[Node] = []
@@ -113,6 +119,7 @@ class OpenContext:
             "filename": self.filename,
             "warn": self.warn,
             "ancestors": self.ancestors,
+            "io": self.io,
         }
         return OpenContext(**{**settings, **changes})
 
@@ -143,6 +150,18 @@ class OpenContext:
         if owned:
             self._opened.append(node)
         return node
+
+    def secret(self, identity: str) -> bytes:
+        """The bytes of the secret object called *identity*. Raises UsageError."""
+        from ..crypto import secrets
+
+        return secrets.get(identity)
+
+    def passphrase(self, identity: str) -> bytes:
+        """The same, which has to be UTF-8. Raises UsageError."""
+        from ..crypto import secrets
+
+        return secrets.passphrase(identity)
 
     def explicit(self, role: str) -> bool:
         """Whether the user gave a child for *role* in the options."""
@@ -176,6 +195,8 @@ def open_node(
     node_name: str = "",
     snapshot: bool = False,
     warn: Warn | None = None,
+    io: bool = True,
+    check: bool = False,
 ) -> Node:
     """Open an image, or bare storage where the spec's driver is a protocol.
 
@@ -184,6 +205,8 @@ def open_node(
     although others write, *share_writes* lets others open for writing. Without *backing* the chain ends at the image.
     *discard* and *detect_zeroes* are the policies of the top node. *snapshot* puts changes into a temporary image that
     disappears when the node is closed. *warn* is called with a sentence where something should be said to the user.
+    Without *io* no guest data will be read or written, and an encrypted image needs no key. With *check* the image is
+    opened to be checked or repaired: one marked as dirty or corrupt opens too.
 
     Raises ImageError (LockError, GateError), PluginError or UsageError; nothing stays open then.
     """
@@ -199,6 +222,8 @@ def open_node(
         graph=graph,
         follow_backing=backing,
         warn=warn,
+        io=io,
+        check=check,
     )
     options = parse_spec(spec)
     if format is not None:
@@ -383,10 +408,14 @@ def _open_storage(options: dict[str, Any], context: OpenContext, driver: str | N
     filename = options.pop("filename", None)
     if given is _ABSENT:
         if filename is None:
-            raise UsageError(f"{driver or 'image'}: the option 'file' is missing (file.filename=PATH)")
+            raise UsageError(f"{driver or 'image'}: the option 'file' is missing (file.filename=PATH)").put(
+                'A block device must be specified for "file"' if driver else "Must specify either driver or file"
+            )
         given = {"filename": filename}
     elif filename is not None:
-        raise UsageError("file and filename cannot both be given")
+        raise UsageError("file and filename cannot both be given").put(
+            "Cannot reference an existing block device with additional options or a new filename"
+        )
     child = context.child(filename="")
     node, owned = _open_reference(given, child, image=False)
     if owned:
@@ -681,7 +710,8 @@ def _lookup(driver: str) -> tuple[str, Any, Descriptor | None]:
             descriptor = find("protocol", driver)
         except PluginError as as_protocol:
             # Of the two complaints, the one that knows what to do.
-            raise (as_protocol if "not installed" in str(as_protocol) else as_format) from None
+            told = as_protocol if "not installed" in str(as_protocol) else as_format
+            raise told.put(f"Unknown driver '{driver}'") from None
     return descriptor.kind, descriptor.load(), descriptor
 
 
@@ -697,9 +727,35 @@ def _typed(driver: str, kind: str, options: dict[str, Any], descriptor: Descript
         from ..plugins import find
 
         descriptor = find(kind, driver)
+    return _checked(driver, kind, options, descriptor.options)
+
+
+def _checked(driver: str, kind: str, options: dict[str, Any], known: Sequence[Option]) -> dict[str, Any]:
+    """*options* as the types that the driver declares, in QEMU's words where one is wrong. Raises UsageError."""
     from ..options import typed
 
-    return typed(options, descriptor.options, driver)
+    try:
+        return typed(options, known, driver)
+    except UsageError as error:
+        if not error.peer:
+            names = [option.name for option in known]
+            unknown = next((name for name in options if name not in names), None)
+            if unknown is not None:
+                error.put(
+                    f"Block protocol '{driver}' doesn't support the option '{_leaf(unknown, options)}'"
+                    if kind == "protocol"
+                    else f"Block format '{driver}' does not support the option '{_leaf(unknown, options)}'"
+                )
+        raise
+
+
+def _leaf(name: str, options: dict[str, Any]) -> str:
+    """The dotted name of the first option below *name*."""
+    value = options[name]
+    while isinstance(value, dict) and value:
+        inner = next(iter(value))
+        name, value = f"{name}.{inner}", value[inner]
+    return name
 
 
 def _split_children(
@@ -710,10 +766,7 @@ def _split_children(
     for option in children:
         if option.name in options:
             context._explicit[option.name] = options.pop(option.name)
-    rest = [option for option in descriptor.options if option.type != "node"]
-    from ..options import typed
-
-    return typed(options, rest, driver)
+    return _checked(driver, "format", options, [option for option in descriptor.options if option.type != "node"])
 
 
 def _refuse_rest(driver: str, options: dict[str, Any]) -> None:
@@ -740,9 +793,10 @@ def _guard_raw(node: Node, context: OpenContext) -> None:
     if node.readonly or not isinstance(node, RawNode):
         return
     context.warn(
-        f"Image format was not specified for '{node.filename}' and probing guessed raw. Automatically detecting the "
-        "format is dangerous for raw images: writes that would make it look like another format are refused. "
-        "Specify the 'raw' format explicitly to remove the restrictions."
+        f"WARNING: Image format was not specified for '{node.filename}' and probing guessed raw.\n"
+        "         Automatically detecting the format is dangerous for raw images, write operations on block 0 will be "
+        "restricted.\n"
+        "         Specify the 'raw' format explicitly to remove the restrictions."
     )
 
     def guess(head: bytes, tail: bytes) -> str:
@@ -772,8 +826,10 @@ def _protocol_of(filename: str) -> tuple[str, dict[str, Any]]:
         found = find("protocol", scheme.partition("+")[0])
     except PluginError as error:
         if os.path.exists(filename):
-            raise UsageError(f"'{filename}' reads as protocol {scheme!r}: write ./{filename} for the file") from None
-        raise PluginError(f"Unknown protocol '{scheme}': {error}") from None
+            raise UsageError(f"'{filename}' reads as protocol {scheme!r}: write ./{filename} for the file").put(
+                f"Unknown protocol '{scheme}'"
+            ) from None
+        raise PluginError(f"Unknown protocol '{scheme}': {error}").put(f"Unknown protocol '{scheme}'") from None
     return found.name, found.load().parse_filename(filename)
 
 
@@ -863,11 +919,17 @@ def _backing_errors(image: str) -> Iterator[None]:
     except GateError:
         raise
     except LockError as error:
-        raise LockError(image, f"Could not open backing file: {error}") from error
+        raise LockError(
+            image, f"Could not open backing file: {error}", peer=f"Could not open backing file: {error.peer}"
+        ) from error
     except VmError as error:
         if isinstance(error, ImageError) and error.name == image:
             raise
-        raise ImageError(image, f"Could not open backing file: {error}") from error
+        raise ImageError(
+            image,
+            f"Could not open backing file: {error}",
+            peer=f"Could not open backing file: {error.peer or error}",
+        ) from error
     except OSError as error:
         raise ImageError(image, f"Could not open backing file: {error.strerror or error}") from error
 

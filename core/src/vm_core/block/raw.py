@@ -93,6 +93,11 @@ class RawNode(ImageNode):
         self._guess = guess
 
     @property
+    def guarded(self) -> bool:
+        """Whether writes are looked at because the format was a guess."""
+        return self._guess is not None
+
+    @property
     def size(self) -> int:
         return max(0, self.file.size - self.offset) if self._window is None else self._window
 

@@ -94,6 +94,7 @@ class RichStatus(Status):
         return data
 
     def warn(self, text: str) -> None:
+        text = " ".join(text.removeprefix("WARNING: ").split())
         self.console.print(Text(f"vm: warning: {text}", style="yellow"))
 
     def hand_over(self) -> None:

@@ -109,7 +109,7 @@ class Status:
 
     def warn(self, text: str) -> None:
         """Something the user should know."""
-        print(f"vm: warning: {text}", file=sys.stderr)
+        print(f"vm: warning: {' '.join(text.removeprefix('WARNING: ').split())}", file=sys.stderr)
 
     def hand_over(self) -> None:
         """The guest's console has the terminal from now on. Any thread; returns when nothing more will be written."""

@@ -264,6 +264,10 @@ class Allocator:
                         released.append((cluster, 1))
         return released
 
+    def lower(self, cluster: int) -> None:
+        """Cluster number *cluster* is free now."""
+        self._hint = min(self._hint, cluster)
+
     # For repair
 
     def start_at(self, cluster: int) -> None:

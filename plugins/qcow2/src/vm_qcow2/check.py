@@ -122,7 +122,7 @@ class _Checker:
         self._count(0, 1 << bits, "header")
         self._count(header.refcount_table_offset, len(image.refcounts.table) * 8, "refcount table")
         self._count(header.l1_table_offset, header.l1_size * 8, "L1 table")
-        self._count(header.snapshots_offset, image._snapshot_table_length, "snapshot table")
+        self._count(header.snapshots_offset, image.snapshot_table.length, "snapshot table")
         self._count_l2_tables()
         self._count_bitmaps()
         self._count_refcount_blocks()
@@ -149,7 +149,7 @@ class _Checker:
     def _count_l2_tables(self) -> None:
         """Count all L2 tables and what they point at, each table once however many L1 tables share it."""
         l1 = self.image.tables.l1
-        if not self.image.snapshots:
+        if not self.image.snapshot_table.entries:
             for index, entry in enumerate(l1):
                 if entry:
                     self._count_l2(entry, 1, f"L1 entry {index}", active=True)
@@ -160,7 +160,7 @@ class _Checker:
             if entry:
                 weights[entry & ~COPIED] = weights.get(entry & ~COPIED, 0) + 1
         tables: dict[tuple[int, int], int] = {}
-        for snapshot in self.image.snapshots:
+        for snapshot in self.image.snapshot_table.entries:
             key = snapshot.head.l1_table_offset, snapshot.head.l1_size
             tables[key] = tables.get(key, 0) + 1
         for (offset, size), uses in tables.items():

@@ -2,11 +2,13 @@
 
 The stored length reaches to the end of a 512-byte sector, so rubbish may follow the compressed data; decompression
 stops when it has produced a cluster. Both decoders are bounded by the cluster size, whatever the data claims.
+
+Python's own zlib does it all. Where they are installed (``vm-qcow2[fast]``), zlib-ng compresses in a third of the time
+and ISA-L decompresses in half; all of them speak the same format and let other threads run meanwhile.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -24,15 +26,58 @@ class DecompressError(Exception):
     """The data is not what the decoder expects."""
 
 
+#: *Compressed Clusters Descriptor*: raw deflate (no header) with a window of 4 KiB.
+WINDOW_BITS = -12
+#: zlib's usual compromise of time and size; zlib-ng's of the same number is 3 % larger and three times as fast.
+ZLIB_LEVEL = 6
+ZLIB_MEMORY = 9
+#: zstd's own default.
+ZSTD_LEVEL = 3
+
+
+@cache
+def _inflater() -> tuple[Any, type[Exception]]:
+    """What makes decompressors: the fastest there is, and its exception."""
+    try:
+        from isal import isal_zlib
+
+        return isal_zlib.decompressobj, isal_zlib.error
+    except ImportError:
+        import zlib
+
+        return zlib.decompressobj, zlib.error
+
+
+@cache
+def _deflater() -> Any:
+    """What makes compressors."""
+    try:
+        from zlib_ng import zlib_ng
+
+        return zlib_ng.compressobj
+    except ImportError:
+        import zlib
+
+        return zlib.compressobj
+
+
 def inflate(data: bytes, length: int) -> bytes:
     """Decompress raw deflate data with a window of at most 4 KiB into *length* bytes."""
+    make, error_type = _inflater()
     try:
-        result = zlib.decompressobj(-12).decompress(data, length)
-    except zlib.error as error:
+        result: bytes = make(WINDOW_BITS).decompress(data, length)
+    except error_type as error:
         raise DecompressError(str(error)) from None
     if len(result) != length:
         raise DecompressError(f"{len(result)} bytes instead of {length}")
     return result
+
+
+def deflate(data: bytes | memoryview) -> bytes | None:
+    """Compress one cluster; None where that makes it no smaller."""
+    compressor = _deflater()(ZLIB_LEVEL, 8, WINDOW_BITS, ZLIB_MEMORY)
+    result: bytes = compressor.compress(data) + compressor.flush()
+    return result if len(result) < len(data) else None
 
 
 @cache
@@ -65,6 +110,31 @@ def unzstd(data: bytes, length: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+@cache
+def _zstd_contexts() -> Any:
+    """A compressor for each thread: they cannot be shared."""
+    import threading
+
+    zstandard = _zstandard()
+
+    class Contexts(threading.local):
+        def __init__(self) -> None:
+            self.compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
+
+    return Contexts()
+
+
+def zstd(data: bytes | memoryview) -> bytes | None:
+    """Compress one cluster; None where that makes it no smaller."""
+    result: bytes = _zstd_contexts().compressor.compress(data)
+    return result if len(result) < len(data) else None
+
+
 def decoder(compression_type: int) -> Callable[[bytes, int], bytes]:
     """What decompresses (data, length of the result). *compression_type* is one of :data:`TYPES`."""
     return inflate if compression_type == 0 else unzstd
+
+
+def encoder(compression_type: int) -> Callable[[bytes | memoryview], bytes | None]:
+    """What compresses one cluster. *compression_type* is one of :data:`TYPES`."""
+    return deflate if compression_type == 0 else zstd

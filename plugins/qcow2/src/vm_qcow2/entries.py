@@ -11,7 +11,12 @@ from collections.abc import Iterator
 from enum import IntEnum
 from typing import NamedTuple
 
-from .geometry import COMPRESSED, COPIED, L2_RESERVED, OFFSET_MASK, ZERO, Geometry
+from .geometry import COMPRESSED, COPIED, OFFSET_MASK, SUBCLUSTERS, ZERO, Geometry
+
+#: Allocation bitmaps (*Extended L2 Entries*): every subcluster in use, every one reading as zeroes.
+ALL_ALLOCATED = 0x0000_0000_FFFF_FFFF
+ALL_ZERO = 0xFFFF_FFFF_0000_0000
+_UNIFORM = (0, ALL_ALLOCATED, ALL_ZERO)
 
 
 class State(IntEnum):
@@ -24,12 +29,16 @@ class State(IntEnum):
     ZERO_ALLOCATED = 2
     DATA = 3
     COMPRESSED = 4
+    #: The backing image's bytes; a host cluster is set aside (only subclusters).
+    UNALLOCATED_ALLOCATED = 5
 
 
 class Run(NamedTuple):
     """*clusters* entries from number *at* on in one state. *host* is the first one, the others follow it; 0: none.
 
-    For COMPRESSED, always one entry, *entry* says where. *copied*: refcount one, may be written in place.
+    For COMPRESSED, always one entry, *entry* says where. *copied*: refcount one, may be written in place. In runs of
+    subclusters (:func:`subruns`) *at* and *clusters* count those. With an external data file *host* can be 0 and mean
+    it: :attr:`placed` tells.
     """
 
     state: State
@@ -39,12 +48,21 @@ class Run(NamedTuple):
     copied: bool
     entry: int
 
+    @property
+    def placed(self) -> bool:
+        """Whether host clusters belong to it, each its own."""
+        return self.state in _PLACED
+
+
+_INVALID = "Invalid cluster entry found "
+_PLACED = (State.DATA, State.ZERO_ALLOCATED, State.UNALLOCATED_ALLOCATED)
+
 
 class BadEntryError(Exception):
-    """An entry that means nothing: *entry* at *index*."""
+    """An entry that means nothing: *entry* at *index*. The text is QEMU's, to which it adds where the entry is."""
 
     def __init__(self, index: int, entry: int, reason: str) -> None:
-        super().__init__(f"L2 entry {entry:#018x} {reason}")
+        super().__init__(reason)
         self.index = index
         self.entry = entry
 
@@ -74,9 +92,14 @@ def run_length(entries: array[int], index: int, stop: int, step: int) -> int:
 
 
 def runs(entries: array[int], start: int, stop: int, geometry: Geometry) -> Iterator[Run]:
-    """The runs of the entries from *start* to *stop*. Raises BadEntryError at the first entry that means nothing."""
+    """The runs of the entries from *start* to *stop*. Raises BadEntryError at the first entry that means nothing.
+
+    Of extended entries this is the half that tells about whole clusters: DATA, UNALLOCATED or COMPRESSED.
+    """
     cluster_size = geometry.cluster_size
     unaligned = cluster_size - 1 & OFFSET_MASK
+    zero = 0 if geometry.extended else ZERO
+    nowhere = COPIED if geometry.external else 0
     index = start
     while index < stop:
         entry = entries[index]
@@ -84,26 +107,77 @@ def runs(entries: array[int], start: int, stop: int, geometry: Geometry) -> Iter
             count = run_length(entries, index, stop, 0)
             yield Run(State.UNALLOCATED, index, count, 0, False, 0)
         elif entry & COMPRESSED:
-            if entry & COPIED:
-                raise BadEntryError(index, entry, "is compressed and says that it may be written in place")
             count = 1
             yield Run(State.COMPRESSED, index, 1, 0, False, entry)
         else:
             host = entry & OFFSET_MASK
-            if entry & L2_RESERVED or (entry & ZERO and geometry.version < 3):
-                raise BadEntryError(index, entry, "has reserved bits set")
+            if entry & ZERO and geometry.version < 3:
+                raise BadEntryError(index, entry, "Zero cluster entry found in pre-v3 image")
             if host & unaligned:
-                raise BadEntryError(index, entry, f"points at {host:#x}, not aligned to clusters")
-            copied = bool(entry & COPIED)
-            if host:
+                raise BadEntryError(index, entry, f"Cluster allocation offset {host:#x} unaligned")
+            if host or entry & nowhere:
                 count = run_length(entries, index, stop, cluster_size)
-                yield Run(State.ZERO_ALLOCATED if entry & ZERO else State.DATA, index, count, host, copied, entry)
-            elif entry & ZERO and not copied:
-                count = run_length(entries, index, stop, 0)
-                yield Run(State.ZERO, index, count, 0, False, entry)
+                state = State.ZERO_ALLOCATED if entry & zero else State.DATA
+                yield Run(state, index, count, host, bool(entry & COPIED), entry)
             else:
-                raise BadEntryError(index, entry, "says that it may be written in place, but points nowhere")
+                count = run_length(entries, index, stop, 0)
+                yield Run(State.ZERO if entry & zero else State.UNALLOCATED, index, count, 0, False, entry)
         index += count
+
+
+def subruns(
+    entries: array[int], bitmaps: array[int], start: int, stop: int, geometry: Geometry
+) -> Iterator[Run]:
+    """The runs of the subclusters from *start* to *stop* under extended entries; a compressed cluster is one run."""
+    size = geometry.cluster_size >> 5
+    for run in runs(entries, start >> 5, (stop - 1 >> 5) + 1, geometry):
+        index, after = run.at, run.at + run.clusters
+        while index < after:
+            bitmap = bitmaps[index]
+            low, high = max(start, index << 5), min(stop, index + 1 << 5)
+            host = run.host + (index - run.at) * geometry.cluster_size
+            if run.state is State.COMPRESSED:
+                # Its bitmap means nothing.
+                yield Run(State.COMPRESSED, low, high - low, 0, False, run.entry)
+                index += 1
+            elif bitmap in _UNIFORM:
+                count = min(run_length(bitmaps, index, after, 0), after - index)
+                if bitmap == ALL_ALLOCATED and not run.placed:
+                    raise BadEntryError(index, entries[index], _INVALID)
+                high = min(stop, index + count << 5)
+                state = _substate(bitmap & 1, bitmap >> 32 & 1, run.placed)
+                first = host + (low - (index << 5)) * size if run.placed else 0
+                yield Run(state, low, high - low, first, run.copied, entries[index])
+                index += count
+            else:
+                if bitmap & bitmap >> 32 or (bitmap & ALL_ALLOCATED and not run.placed):
+                    raise BadEntryError(index, entries[index], _INVALID)
+                base = index << 5
+                while low < high:
+                    sub = low - base
+                    allocated, zero = bitmap >> sub & 1, bitmap >> sub + 32 & 1
+                    # Bits that differ from the first one's pair, from there on.
+                    differ = (bitmap >> sub ^ (ALL_ALLOCATED if allocated else 0)) & ALL_ALLOCATED >> sub
+                    differ |= (bitmap >> sub + 32 ^ (ALL_ALLOCATED if zero else 0)) & ALL_ALLOCATED >> sub
+                    count = (differ & -differ).bit_length() - 1 if differ else SUBCLUSTERS - sub
+                    count = min(count, high - low)
+                    first = host + sub * size if run.placed else 0
+                    yield Run(_substate(allocated, zero, run.placed), low, count, first, run.copied, entries[index])
+                    low += count
+                index += 1
+
+
+def _substate(allocated: int, zero: int, placed: bool) -> State:
+    if allocated:
+        return State.DATA
+    if zero:
+        return State.ZERO_ALLOCATED if placed else State.ZERO
+    return State.UNALLOCATED_ALLOCATED if placed else State.UNALLOCATED
+
+
+def bitmap_range(first: int, count: int) -> int:
+    """The allocation bits of *count* subclusters from *first* on; shifted by 32: their zero bits."""
+    return (1 << count) - 1 << first
 
 
 def make_run(host: int, count: int, cluster_size: int) -> array[int]:

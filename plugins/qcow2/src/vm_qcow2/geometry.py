@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import features
 from .header import Header
 
 MIN_CLUSTER_BITS = 9
@@ -10,7 +11,7 @@ MAX_CLUSTER_BITS = 21
 MAX_L1_BYTES = 32 << 20
 MAX_REFTABLE_BYTES = 8 << 20
 MAX_SNAPSHOTS = 65536
-MAX_SNAPSHOT_TABLE_BYTES = 16 << 20
+MAX_SNAPSHOT_TABLE_BYTES = 64 << 20
 #: Host offsets have 56 bits (*Cluster mapping*).
 MAX_HOST_OFFSET = 1 << 56
 
@@ -22,6 +23,8 @@ COPIED = 1 << 63
 COMPRESSED = 1 << 62
 #: Bit 0 of an L2 entry (version 3): reads as zeroes.
 ZERO = 1
+#: Subclusters of a cluster, in images with extended L2 entries.
+SUBCLUSTERS = 32
 #: What must be zero in an L1 entry, and in a standard L2 entry of version 3.
 L1_RESERVED = 0x7F00_0000_0000_01FF
 L2_RESERVED = 0x3F00_0000_0000_01FE
@@ -35,6 +38,8 @@ class Geometry:
         "cluster_size",
         "compressed_offset_mask",
         "compressed_sectors_shift",
+        "extended",
+        "external",
         "guest_bits",
         "l2_bits",
         "l2_entries",
@@ -42,6 +47,8 @@ class Geometry:
         "refblock_entries",
         "refcount_bits",
         "refcount_max",
+        "unit_bits",
+        "units",
         "version",
     )
 
@@ -49,9 +56,16 @@ class Geometry:
         self.version = header.version
         self.cluster_bits = header.cluster_bits
         self.cluster_size = 1 << header.cluster_bits
+        #: *Extended L2 Entries*: 128 bits each.
+        self.extended = bool(header.incompatible_features & features.EXTENDED_L2)
+        #: Guest data is in an external data file.
+        self.external = bool(header.incompatible_features & features.DATA_FILE)
         #: Entries of an L2 table.
-        self.l2_bits = header.cluster_bits - 3
+        self.l2_bits = header.cluster_bits - 3 - self.extended
         self.l2_entries = 1 << self.l2_bits
+        #: What is mapped on its own, subclusters or whole clusters: log2 of its bytes, and how many a cluster has.
+        self.unit_bits = header.cluster_bits - 5 if self.extended else header.cluster_bits
+        self.units = SUBCLUSTERS if self.extended else 1
         #: log2 of the guest bytes under one L2 table.
         self.guest_bits = self.cluster_bits + self.l2_bits
         self.refcount_bits = 1 << header.refcount_order

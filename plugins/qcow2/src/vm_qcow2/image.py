@@ -24,7 +24,7 @@ from .header import Header, human, read_header
 from .order import Order
 from .overlap import MetadataMap
 from .refcounts import Refcounts
-from .snapshots import Snapshot, read_snapshots
+from .snapshots import SnapshotTable, read_snapshots
 from .store import Store
 from .tables import L2Table, Tables
 
@@ -80,7 +80,7 @@ class Qcow2(Format):
         self._decode = decoder(header.compression_type)
         self.metadata = MetadataMap(store)
         self.refcounts = Refcounts(store, refcount_cache)
-        self.snapshots, self._snapshot_table_length = read_snapshots(store)
+        self.snapshot_table: SnapshotTable = read_snapshots(store)
         self.allocator = Allocator(store, self.refcounts, self.metadata)
         self.tables = Tables(store, self.allocator, l2_cache)
         self._register_tables()
@@ -113,10 +113,10 @@ class Qcow2(Format):
         table = "refcount table"
         metadata.register(header.refcount_table_offset, len(self.refcounts.table) * 8, table)
         metadata.register(header.l1_table_offset, header.l1_size * 8, "active L1 table")
-        metadata.register(header.snapshots_offset, self._snapshot_table_length, "snapshot table")
+        metadata.register(header.snapshots_offset, self.snapshot_table.length, "snapshot table")
         if self.readonly:
             return
-        for one in self.snapshots:
+        for one in self.snapshot_table.entries:
             metadata.register(one.head.l1_table_offset, one.head.l1_size * 8, "L1 table of a snapshot")
         for index, entry in enumerate(self.refcounts.table):
             if entry & 511 or entry & self.cluster_size - 1:
@@ -157,9 +157,35 @@ class Qcow2(Format):
             data["extended-l2"] = False
         return data
 
-    def snapshot_list(self) -> Sequence[Snapshot]:
-        """The internal snapshots, in the order of their table."""
-        return self.snapshots
+    @property
+    def has_data_file(self) -> bool:
+        """Whether guest data is in another file."""
+        return bool(self.header.incompatible_features & features.DATA_FILE)
+
+    # Internal snapshots
+
+    def snapshots(self) -> Sequence[dict[str, Any]]:
+        return [one.info() for one in self.snapshot_table.entries]
+
+    def snapshot_create(self, name: str) -> None:
+        from .snapshotting import create
+
+        create(self, name)
+
+    def snapshot_apply(self, name: str) -> None:
+        from .snapshotting import apply
+
+        apply(self, name)
+
+    def snapshot_delete(self, name: str | None, *, id: str | None = None) -> None:
+        from .snapshotting import delete
+
+        delete(self, name, id)
+
+    def snapshot_load(self, *, id: str | None = None, name: str | None = None) -> None:
+        from .snapshotting import load
+
+        load(self, id, name)
 
     # Reading
 

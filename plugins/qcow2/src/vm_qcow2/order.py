@@ -38,6 +38,8 @@ class Order:
         self.lazy = lazy
         #: Whether freed space is given back to the host where the guest discards.
         self.pass_discard = True
+        #: The same where snapshots are deleted or left.
+        self.pass_discard_snapshot = True
 
     def relieve(self) -> None:
         """Write back if more is kept in memory than should be."""

@@ -28,7 +28,7 @@ def resize(image: Qcow2, size: int) -> None:
         raise UsageError("the size of a qcow2 image is a multiple of 512 bytes")
     if size == header.size:
         return
-    if image.snapshots and store.geometry.version < 3:
+    if image.snapshot_table.entries and store.geometry.version < 3:
         raise UsageError("an image of version 2 with internal snapshots cannot be resized")
     if size < header.size:
         _shrink(image, size)

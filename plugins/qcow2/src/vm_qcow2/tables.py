@@ -17,14 +17,15 @@ from .store import Store
 class L2Table:
     """One L2 table. Entries from *low* to below *high* differ from the disk (none if low >= high).
 
-    *linked*: the L1 table on disk points at it.
+    *linked*: the L1 table on disk points at it. *bitmaps* are the second halves of extended entries, else None.
     """
 
-    __slots__ = ("entries", "high", "linked", "low", "offset")
+    __slots__ = ("bitmaps", "entries", "high", "linked", "low", "offset")
 
-    def __init__(self, offset: int, entries: array[int], linked: bool) -> None:
+    def __init__(self, offset: int, entries: array[int], linked: bool, bitmaps: array[int] | None = None) -> None:
         self.offset = offset
         self.entries = entries
+        self.bitmaps = bitmaps
         self.linked = linked
         self.low, self.high = len(entries), 0
 
@@ -41,6 +42,23 @@ class L2Table:
 
     def clean(self) -> None:
         self.low, self.high = len(self.entries), 0
+
+    def words(self, low: int = 0, high: int | None = None) -> array[int]:
+        """The entries from *low* to *high* as they are on disk."""
+        piece = self.entries[low:high]
+        if self.bitmaps is None:
+            return piece
+        both = array("Q", bytes(16 * len(piece)))
+        both[0::2] = piece
+        both[1::2] = self.bitmaps[low:high]
+        return both
+
+    @classmethod
+    def of_words(cls, offset: int, words: array[int], *, linked: bool, extended: bool) -> L2Table:
+        """The table at *offset* whose contents are *words*."""
+        if extended:
+            return cls(offset, words[0::2], linked, words[1::2])
+        return cls(offset, words, linked)
 
 
 class Tables:
@@ -86,8 +104,12 @@ class Tables:
         if not offset:
             raise self.store.error(f"L1 entry {index} ({entry:#018x}) points nowhere")
         self.store.file.event("l2_load")
-        words = self.store.read_words(offset, self.geometry.cluster_size // 8, f"L2 table {index}")
-        return self._insert(index, L2Table(offset, words, linked=True))
+        return self._insert(index, self.read(offset, f"L2 table {index}"))
+
+    def read(self, offset: int, what: str) -> L2Table:
+        """The L2 table at *offset*, whichever L1 table points at it. Raises ImageError."""
+        words = self.store.read_words(offset, self.geometry.cluster_size // 8, what)
+        return L2Table.of_words(offset, words, linked=True, extended=self.geometry.extended)
 
     def _insert(self, index: int, table: L2Table) -> L2Table:
         self._cache[index] = table
@@ -109,9 +131,10 @@ class Tables:
         cluster = allocator.allocate_metadata(1, "active L2 table")
         offset = cluster << self.geometry.cluster_bits
         if table is None:
-            fresh = L2Table(offset, array("Q", bytes(self.geometry.cluster_size)), linked=False)
+            empty = array("Q", bytes(self.geometry.cluster_size))
+            fresh = L2Table.of_words(offset, empty, linked=False, extended=self.geometry.extended)
         else:
-            fresh = L2Table(offset, table.entries, linked=False)
+            fresh = L2Table(offset, table.entries, linked=False, bitmaps=table.bitmaps)
             allocator.free(table.offset >> self.geometry.cluster_bits, 1)
         self.l1[index] = offset | COPIED
         self.changed.add(index)
@@ -133,17 +156,18 @@ class Tables:
         """Write the tables at which nothing on disk points yet, whole."""
         tables = [table for table in self._cache.values() if not table.linked]
         for table in tables:
-            self.store.write_words(table.offset, table.entries)
+            self.store.write_words(table.offset, table.words())
         return tables
 
     def write_linked(self) -> list[L2Table]:
         """Write changes of the tables at which the disk points."""
-        grain = min(512, self.geometry.cluster_size // 8)
+        grain = min(512, self.geometry.l2_entries)
+        width = 16 if self.geometry.extended else 8
         tables = [table for table in self._cache.values() if table.linked and table.low < table.high]
         for table in tables:
             low = table.low - table.low % grain
             self.store.file.event("l2_update")
-            self.store.write_words(table.offset, table.entries, low, -(-table.high // grain) * grain)
+            self.store.write_words(table.offset + low * width, table.words(low, -(-table.high // grain) * grain))
         return tables
 
     def write_l1(self) -> None:
@@ -157,6 +181,12 @@ class Tables:
                 position += 1
             self.store.file.event("l1_update")
             self.store.write_words(self.store.header.l1_table_offset, self.l1, first, last + 1)
+
+    def replace(self, l1: array[int]) -> None:
+        """Use another L1 table, which is on disk as it is here. No table differs from the disk."""
+        self.l1 = l1
+        self.changed.clear()
+        self._cache.clear()
 
     def drop_clean(self) -> None:
         """Forget tables that do not differ from the disk: something else may have changed it."""

@@ -1,0 +1,1 @@
+"""``vm-img``: qemu-img's job. One module a subcommand; :mod:`.common` is what they share."""

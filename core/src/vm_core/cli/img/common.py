@@ -1,0 +1,347 @@
+"""What the subcommands of ``vm-img`` share: options, opening, messages, progress.
+
+A subcommand is a module of this package with ``def run(args: list[str], tool: Tool) -> int`` (the exit status), named in
+``main.COMMANDS`` and imported only when used. A typical one::
+
+    LONG = {"help": "h", "object:": "object", "image-opts": "image-opts", "force-share": "U", "output:": "output"}
+
+    def run(args: list[str], tool: Tool) -> int:
+        fmt, image_opts, share = None, False, False
+        options = tool.options(args, "hf:U", LONG)
+        for key, value in options:              # -h, wrong options and missing arguments end the program in here
+            if key == "f":
+                fmt = value
+            elif key == "image-opts":
+                image_opts = True
+            elif key == "U":
+                share = True
+            elif key == "object":
+                tool.add_object(value)          # as the peer does: while options are read
+        if len(options.rest) != 1:
+            tool.usage("Expecting one image file name")
+        with tool.open(options.rest[0], image_opts=image_opts, format=fmt, share=share) as node:
+            ...
+        return 0
+
+* ``tool.error(text)`` prints ``PROG: text`` on standard error; ``tool.warn`` with ``warning:``; ``tool.say`` prints on
+  standard output unless ``tool.quiet`` (``-q``) is set.
+* ``raise Failure(text, code=1)`` ends the program with ``PROG: text``; any VmError or OSError that escapes is told the
+  same way, by the peer's words where it has any (:func:`reason`).
+* ``tool.open(name, …)`` opens as the peer does and raises Failure ``Could not open 'NAME': REASON``.
+* ``tool.cache(text, source=False)`` is ``-t``/``-T``.
+* ``with tool.progress(enabled) as progress: progress(done, total)`` is ``-p``.
+* ``tool.target(path)`` guards a file that is being made: a failure or Ctrl-C removes it, or names it.
+* ``tool.json(value)`` prints JSON as the peer lays it out.
+
+Standard output stays buffered until the end, like the peer's, so that both streams mix in the same order.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ...errors import GateError, UsageError, VmError
+from .getopt import MISSING, UNKNOWN, Getopt
+
+if TYPE_CHECKING:
+    from ...block.cache import CacheMode
+    from ...block.gate import Gate
+    from ...block.node import Node
+    from .progress import Progress
+
+
+INT64_MAX = (1 << 63) - 1
+
+
+class Exit(Exception):
+    """The program is to end with this status; everything has been said."""
+
+    def __init__(self, code: int = 1) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class Failure(VmError):
+    """The program is to end with ``PROG: text``."""
+
+    def __init__(self, text: str, code: int = 1) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def reason(error: BaseException) -> str:
+    """An error in the peer's words where it has some."""
+    if isinstance(error, VmError):
+        return error.peer or str(error)
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return str(error)
+
+
+class Options:
+    """The options of a subcommand, one ``(key, value)`` after the other; then :attr:`rest`, the operands.
+
+    Help and wrong options end the program in the iteration.
+    """
+
+    def __init__(self, tool: Tool, scan: Getopt) -> None:
+        self._tool = tool
+        self._scan = scan
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        tool = self._tool
+        for key, value in self._scan:
+            if key == UNKNOWN:
+                tool.usage(f"unrecognized option '{value}'", hint=self._suggest(value))
+            if key == MISSING:
+                tool.usage(f"missing argument for option '{value}'")
+            if key == "h":
+                from .help import show
+
+                show(tool)
+                raise Exit(0)
+            if key == "trust":
+                tool.trust.append(value)
+            elif key == "progress":
+                tool.progress_mode = value
+            else:
+                yield key, value
+
+    def _suggest(self, word: str) -> str:
+        if self._tool.peer or not word.startswith("--"):
+            return ""
+        import difflib
+
+        close = difflib.get_close_matches(word.partition("=")[0], self._scan.names, 1)
+        return f"did you mean {close[0]}?" if close else ""
+
+    @property
+    def rest(self) -> list[str]:
+        return self._scan.rest
+
+
+#: Options that every subcommand of ``vm-img`` takes and the peer has not.
+_EXTRA = {"trust:": "trust", "progress:": "progress"}
+
+
+class Tool:
+    """One run of the program."""
+
+    def __init__(self, program: str) -> None:
+        #: The name the program was called by: what messages begin with.
+        self.program = program
+        #: Called by the peer's name: follow backing files and speak as it does, and add nothing.
+        self.peer = program.startswith("qemu-")
+        #: The subcommand.
+        self.command = ""
+        #: ``-q``: nothing but errors. To be set by the subcommand.
+        self.quiet = False
+        #: ``--trust DIR``: directories that images may name files in.
+        self.trust: list[str] = []
+        #: ``--progress MODE``: text, bar, json or none; empty: by the terminal.
+        self.progress_mode = ""
+        self._half_made: list[str] = []
+
+    # Words
+
+    def options(self, args: list[str], short: str, long: Mapping[str, str]) -> Options:
+        """Scan *args*: *short* and *long* as for :class:`~.getopt.Getopt`."""
+        extra = None if self.peer else _EXTRA
+        return Options(self, Getopt(args, short, long, exact=extra, program=self.command or self.program))
+
+    def error(self, text: str) -> None:
+        """Print ``PROG: text`` on standard error."""
+        sys.stderr.write(f"{self.program}: {text}\n")
+
+    def warn(self, text: str) -> None:
+        """Print ``PROG: warning: text`` on standard error."""
+        self.error(f"warning: {text}")
+
+    def hint(self, text: str) -> None:
+        """What to do about an error; not where the peer's own output is expected."""
+        if text and not self.peer:
+            sys.stderr.write(f"{self.program}: hint: {text}\n")
+
+    def usage(self, text: str, *, hint: str = "") -> NoReturn:
+        """End because the command line is wrong."""
+        self.error(text)
+        self.hint(hint)
+        command = "" if self.peer or not self.command else f" {self.command}"
+        sys.stderr.write(f"Try '{self.program}{command} --help' for more information\n")
+        raise Exit(1)
+
+    def say(self, text: str) -> None:
+        """Print a line unless ``-q`` was given."""
+        if not self.quiet:
+            sys.stdout.write(text + "\n")
+
+    def json(self, value: Any) -> None:
+        """Print *value* as the peer lays JSON out."""
+        from ...jsontext import pretty
+
+        sys.stdout.write(pretty(value) + "\n")
+
+    # Opening
+
+    def gate(self) -> Gate:
+        """What images may name: as the peer where called by its name."""
+        from ...block.gate import Gate
+
+        return Gate.follow() if self.peer else Gate.default(*self.trust)
+
+    def open(
+        self,
+        name: str,
+        *,
+        image_opts: bool = False,
+        format: str | None = None,
+        write: bool = False,
+        cache: CacheMode | None = None,
+        share: bool = False,
+        backing: bool = True,
+        check: bool = False,
+        **more: Any,
+    ) -> Node:
+        """Open the image *name* (with *image_opts* its options) as the peer does.
+
+        *write* for writing, *share* is ``-U``, without *backing* the chain ends at the image, *check* opens damaged
+        images too. Raises Failure.
+        """
+        from ...block.cache import WRITEBACK
+        from ...block.open import open_node
+
+        if image_opts and format:
+            raise Failure("--image-opts and --format are mutually exclusive")
+        shown = name
+        try:
+            spec: str | dict[str, Any] = self._image_opts(name) if image_opts else name
+            if isinstance(spec, dict):
+                if share:
+                    if spec.get("force-share", "on") != "on":
+                        raise Failure("--force-share/-U conflicts with image options")
+                    spec["force-share"] = "on"
+            return open_node(
+                spec,
+                readonly=not write,
+                cache=cache or WRITEBACK,
+                format=format,
+                gate=self.gate(),
+                share=share,
+                backing=backing,
+                check=check,
+                warn=self._open_warning,
+                **more,
+            )
+        except Failure:
+            raise
+        except (VmError, OSError) as error:
+            raise OpenFailure(f"Could not open '{shown}': {reason(error)}", error) from error
+
+    def _image_opts(self, text: str) -> dict[str, Any]:
+        from ...options import split
+
+        options = split(text, "file")
+        if options.get("file") == text.partition(",")[0] and "=" not in text.partition(",")[0]:
+            return {"file": options["file"]}
+        return options
+
+    def _open_warning(self, text: str) -> None:
+        if not self.quiet:
+            sys.stderr.write(text + "\n")
+
+    def cache(self, text: str, *, source: bool = False) -> CacheMode:
+        """The cache mode of ``-t`` (or ``-T``, *source*). Raises Failure."""
+        from ...block.cache import CacheMode
+
+        try:
+            return CacheMode.parse("none" if text == "off" else text)
+        except UsageError:
+            raise Failure(f"Invalid {'source ' if source else ''}cache option: {text}") from None
+
+    def output(self, text: str) -> bool:
+        """Whether ``--output=`` asks for JSON. Raises Failure."""
+        if text not in ("json", "human"):
+            raise Failure("--output must be used with human or json as argument.")
+        return text == "json"
+
+    def add_object(self, text: str) -> None:
+        """``--object secret,id=…``. Raises Failure."""
+        from .objects import add
+
+        add(self, text)
+
+    # Sizes
+
+    def size(self, text: str, name: str, low: int = 0, high: int = INT64_MAX) -> int:
+        """A size that the option called *name* in the peer's complaints is given, from *low* to *high*."""
+        from . import numbers
+
+        try:
+            value = numbers.parse(text)
+        except numbers.NotANumberError:
+            self.error(f"Invalid {name} specified. You may use k, M, G, T, P or E suffixes for")
+            self.error("kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes.")
+            raise Exit(1) from None
+        except numbers.OutOfRangeError:
+            value = -1
+        if not low <= value <= high:
+            if high == INT64_MAX and low > 0:
+                raise Failure(f"Invalid {name} specified. Must be at least {low}.")
+            raise Failure(f"Invalid {name} specified. Must be between {low} and {high}.")
+        return value
+
+    # Long work
+
+    def progress(self, enabled: bool) -> Progress:
+        """``-p``: a context manager to call with what is done and what there is."""
+        from .progress import make
+
+        return make(self, enabled)
+
+    @contextmanager
+    def target(self, path: str) -> Iterator[Callable[[], None]]:
+        """The file at *path* is being made: unless the body gets to its end, or calls what it is given, it is removed.
+
+        What existed before is named instead.
+        """
+        existed = os.path.lexists(path)
+        kept = False
+
+        def keep() -> None:
+            nonlocal kept
+            kept = True
+
+        try:
+            yield keep
+        except BaseException:
+            if not kept and os.path.lexists(path):
+                if existed:
+                    self.hint(f"'{path}' is not complete now")
+                else:
+                    try:
+                        os.unlink(path)
+                    except OSError:
+                        self.hint(f"'{path}' is not complete and could not be removed")
+            raise
+
+
+class OpenFailure(Failure):
+    """An image could not be opened; *error* says why in full."""
+
+    def __init__(self, text: str, error: BaseException) -> None:
+        super().__init__(text)
+        self.error = error
+
+
+def advice(error: BaseException) -> str:
+    """What to do about an error of opening or writing, where the peer's sentence does not tell."""
+    cause = error.error if isinstance(error, OpenFailure) else error
+    if isinstance(cause, GateError):
+        return ""
+    from .advice import advise
+
+    return advise(cause)

@@ -1,0 +1,1 @@
+"""``vm-io``: single requests to an image, typed or scripted; the same commands and output as qemu-io."""
