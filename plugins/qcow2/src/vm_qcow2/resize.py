@@ -76,7 +76,7 @@ def _drop_from(image: Qcow2, size: int) -> None:
     limit = len(tables.l1) << geometry.guest_bits
     if start >= limit:
         return
-    image._drop(start, limit - start, 0, unallocated_too=False)
+    image.writer.drop(start, limit - start, zero=False, unallocated_too=False)
     for index in range(geometry.l1_entries_for(size), len(tables.l1)):
         if tables.l1[index]:
             tables.remove(index)

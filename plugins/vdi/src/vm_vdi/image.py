@@ -1,0 +1,245 @@
+"""The driver: one open VDI image.
+
+The block map is in memory as a whole. A write takes the next free block numbers, the core fills the blocks, and only
+then their numbers are entered into the map (:meth:`Vdi.commit`).
+
+What reaches the disk, and when, is :meth:`Vdi.flush`'s: first the data and, in the header, how many blocks are taken;
+then a barrier; then the sectors of the map that changed; and another barrier. So at every instant each number in the
+map on disk names a block that is full of its data, and no program that opens the image will hand that block out again.
+A power cut between the barriers costs blocks that nobody uses.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vm_core.block.format import BackingReference, Format
+from vm_core.block.mapping import Allocation, Kind, Mapping
+from vm_core.block.node import Node
+from vm_core.block.tables import dump, load, run_length, runs
+from vm_core.errors import ImageError
+
+from .header import SECTOR, STATIC, UNALLOCATED, ZERO, Header, read_header
+
+if TYPE_CHECKING:
+    from vm_core.block.open import OpenContext
+
+#: Entries of the block map in a sector.
+_PER_SECTOR = SECTOR // 4
+
+
+class Vdi(Format):
+    """One open image. ``_map[n]`` is the number of the block that holds guest block *n*, or one of the markers."""
+
+    def __init__(self, file: Node, name: str, header: Header, *, readonly: bool) -> None:
+        """Read the block map; for writing also see to it that it can be added to. Raises ImageError."""
+        self.file = file
+        self.name = name
+        self.header = header
+        self.readonly = readonly
+        self.cluster_size = header.block_size
+        self._data = header.offset_data
+        count = header.blocks_in_image
+        self._map: array[int] = load("I", file.pread(header.offset_bmap, 4 * count), "little")
+        #: What a block that is not here reads as.
+        self._absent = Kind.UNALLOCATED if header.differencing else Kind.ZERO
+        #: Sectors of the block map that differ from those on disk.
+        self._dirty: set[int] = set()
+        #: Number of the next new block, and of those below it that were given back.
+        self._next = 0
+        self._free: list[int] = []
+        self._known_end = file.size
+        if not readonly:
+            self._prepare_writing()
+
+    @classmethod
+    def open(cls, file: Node, options: dict[str, Any], context: OpenContext) -> Vdi:
+        name = context.filename or file.filename
+        header = read_header(file, name)
+        self = cls(file, name, header, readonly=context.readonly)
+        if header.differencing:
+            from .parents import find_parent
+
+            self.backing_reference = BackingReference(find_parent(header, name, context), "vdi")
+        # Its blocks lie in the file as the guest sees them: what the file knows about holes is true of the image.
+        self.transparent = header.image_type == STATIC and self._is_identity()
+        return self
+
+    def _is_identity(self) -> bool:
+        count = -(-self.header.disk_size // self.cluster_size)
+        return bool(count) and self._map[0] == 0 and run_length(self._map, 0, count, 1) == count
+
+    def _prepare_writing(self) -> None:
+        used = [number for number in self._map if number < ZERO]
+        top = max(used, default=-1)
+        if top >= self.header.blocks_in_image:
+            raise self._error(f"the block map names block {top} of {self.header.blocks_in_image}: open it read-only")
+        if len(set(used)) != len(used):
+            raise self._error("the block map names blocks twice: open it read-only")
+        self._next = top + 1
+
+    def _error(self, reason: str) -> ImageError:
+        return ImageError(self.name, reason)
+
+    @property
+    def size(self) -> int:
+        return self.header.disk_size
+
+    # Reading
+
+    def map(self, offset: int, length: int) -> Sequence[Mapping]:
+        unit, entries = self.cluster_size, self._map
+        end = offset + length
+        index, stop = offset // unit, -(-end // unit)
+        found: list[Mapping] = []
+        while index < stop:
+            number = entries[index]
+            if number < ZERO:
+                count = run_length(entries, index, stop, 1)
+                host = self._place(index, number, count) + offset % unit
+                after = min((index + count) * unit, end)
+                found.append(Mapping(Kind.DATA, offset, after - offset, self.file, host, not self.readonly))
+            else:
+                count = run_length(entries, index, stop, 0)
+                after = min((index + count) * unit, end)
+                kind = Kind.ZERO if number == ZERO else self._absent
+                if found and found[-1].kind is kind:  # both markers, which mean the same without a parent
+                    found[-1] = found[-1]._replace(length=found[-1].length + after - offset)
+                else:
+                    found.append(Mapping(kind, offset, after - offset))
+            index += count
+            offset = after
+        return found
+
+    def map_cached(self, offset: int, length: int) -> Sequence[Mapping] | None:
+        return self.map(offset, length)
+
+    def _place(self, index: int, number: int, count: int) -> int:
+        """Where block *number* lies, the first of *count* for guest blocks from *index* on. Raises ImageError."""
+        last = number + count - 1
+        end = self._data + last * self.cluster_size
+        if end >= self._known_end:
+            self._known_end = max(self._known_end, self.file.size)
+            if end >= self._known_end or last >= self.header.blocks_in_image:
+                raise self._error(
+                    f"block {last} of guest block {index + count - 1} lies outside the file, at {end:#x}"
+                )
+        return self._data + number * self.cluster_size
+
+    # Writing
+
+    def allocate(self, offset: int, length: int) -> Sequence[Allocation]:
+        unit, entries = self.cluster_size, self._map
+        end = offset + length
+        index, stop = offset // unit, -(-end // unit)
+        found: list[Allocation] = []
+        while index < stop:
+            number = entries[index]
+            if number < ZERO:
+                count = run_length(entries, index, stop, 1)
+                start = max(index * unit, offset)
+                host = self._place(index, number, count) + start % unit
+                after = min((index + count) * unit, end)
+                found.append(Allocation(start, after - start, self.file, host, False))
+                index += count
+            else:
+                count = run_length(entries, index, stop, 0)
+                for number, some in self._take(count):
+                    host = self._data + number * unit
+                    zeroed = host >= self.file.size
+                    found.append(Allocation(index * unit, some * unit, self.file, host, True, zeroed))
+                    index += some
+        return found
+
+    def _take(self, count: int) -> list[tuple[int, int]]:
+        """Runs (first number, count) of *count* new blocks: those given back first, the rest at the end."""
+        taken: list[tuple[int, int]] = []
+        while self._free and count:
+            taken.append((self._free.pop(0), 1))
+            count -= 1
+        if count:
+            taken.append((self._next, count))
+            self._next += count
+        return taken
+
+    def commit(self, allocations: Sequence[Allocation]) -> None:
+        unit, entries = self.cluster_size, self._map
+        end = max(one.host + one.length for one in allocations)
+        if self.file.size < end:  # blocks are whole in the file, the last one too
+            self.file.truncate(end)
+        for one in allocations:
+            index, count = one.offset // unit, one.length // unit
+            number = (one.host - self._data) // unit
+            entries[index : index + count] = array("I", range(number, number + count))
+            self._touch(index, count)
+
+    def _touch(self, index: int, count: int) -> None:
+        self._dirty.update(range(index // _PER_SECTOR, (index + count - 1) // _PER_SECTOR + 1))
+
+    def abort(self, allocations: Sequence[Allocation]) -> None:
+        unit = self.cluster_size
+        for one in allocations:
+            number = (one.host - self._data) // unit
+            self._free.extend(range(number, number + one.length // unit))
+        self._free.sort()
+        while self._free and self._free[-1] == self._next - 1:
+            self._next = self._free.pop()
+
+    def zero(self, offset: int, length: int, *, unmap: bool) -> bool:
+        unit = self.cluster_size
+        for run in self.map(offset, length):
+            if run.kind is Kind.DATA:
+                # The block stays the guest block's: a format without free space management has no use for holes.
+                self.file.zero(run.host, run.length, unmap=unmap)
+            elif run.kind is Kind.UNALLOCATED:
+                index, count = run.offset // unit, -(-run.length // unit)
+                self._map[index : index + count] = array("I", (ZERO,)) * count
+                self._touch(index, count)
+        return True
+
+    def flush(self) -> None:
+        if not self.readonly and (self._dirty or self.header.blocks_allocated != self._next):
+            self._write_count()
+            self.file.flush()
+            for first, count in runs(sorted(self._dirty)):
+                start = first * _PER_SECTOR
+                piece = self._map[start : start + count * _PER_SECTOR]
+                self.file.pwrite(self.header.offset_bmap + first * SECTOR, dump(piece, "little"))
+            self.file.flush()
+            self._dirty.clear()
+        else:
+            self.file.flush()
+
+    def _write_count(self) -> None:
+        header = self.header
+        if header.blocks_allocated != self._next:
+            former, header.blocks_allocated = header.blocks_allocated, self._next
+            try:
+                self.file.pwrite(*header.pack_fields("blocks_allocated"))
+            except BaseException:
+                header.blocks_allocated = former
+                raise
+
+    def reopen(self, *, readonly: bool) -> None:
+        if readonly:
+            self.flush()
+        else:
+            self._prepare_writing()
+        self.readonly = readonly
+
+    def close(self) -> None:
+        if not self.readonly:
+            self.flush()
+
+    def check(self, *, repair: str = "") -> dict[str, Any]:
+        from .check import check
+
+        return check(self.header, self._map)
+
+    @classmethod
+    def create(cls, file: Node, size: int, options: dict[str, Any]) -> None:
+        from .create import create
+
+        create(file, size, options)
