@@ -27,16 +27,7 @@ def vm_format_drivers() -> Iterable[FormatDriver]:
                 Option("offset", "size", "where in the file the image begins", 0),
                 Option("size", "size", "length of the image; to the end of the file if not given"),
             ),
-            create_options=(
-                Option("size", "size", "virtual disk size"),
-                Option(
-                    "preallocation",
-                    "enum",
-                    "host space set aside at once: off, falloc (reserved) or full (written)",
-                    "off",
-                    choices=("off", "falloc", "full"),
-                ),
-            ),
+            create_options=(Option("size", "size", "Virtual disk size"),),
         )
     ]
 
@@ -51,6 +42,17 @@ def vm_protocol_drivers() -> Iterable[ProtocolDriver]:
             prefixes=("file",),
             capabilities=frozenset({"local", "write", "create", "resize"}),
             options=(_FILENAME, _LOCKING, _AIO),
+            create_options=(
+                Option("size", "size", "Virtual disk size"),
+                Option("nocow", "bool", "Turn off copy-on-write (valid only on btrfs)"),
+                Option(
+                    "preallocation",
+                    "enum",
+                    "Preallocation mode (allowed values: off, falloc, full)",
+                    choices=("off", "falloc", "full"),
+                ),
+                Option("extent_size_hint", "size", "Extent size hint for the image file, 0 to disable"),
+            ),
         ),
         ProtocolDriver(
             name="host_device",

@@ -88,6 +88,8 @@ class FormatDriver(Descriptor):
     signatures: tuple[Signature, ...] = ()
     probe: str | None = None
     extensions: tuple[str, ...] = ()
+    #: In the order, and with the defaults, that the program which made the format tells them in: ``vm-img create``
+    #: prints them so.
     create_options: tuple[Option, ...] = ()
     #: What ``amend -o`` may change.
     amend_options: tuple[Option, ...] = ()
@@ -104,6 +106,8 @@ class ProtocolDriver(Descriptor):
     kind = "protocol"
 
     prefixes: tuple[str, ...] = ()
+    #: What may be given besides the format's own options when an image is made there.
+    create_options: tuple[Option, ...] = ()
 
 
 @attrs.frozen(kw_only=True)

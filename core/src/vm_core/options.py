@@ -172,39 +172,25 @@ def _parameter(name: str) -> str:
 def parse_size(text: str | int, name: str = "size", default_suffix: str = "") -> int:
     """Bytes from ``512``, ``64k``, ``1.5G``, ``0x200``; *default_suffix* holds for a number without one.
 
-    As in QEMU a fraction needs a suffix that makes it whole bytes, and hexadecimal numbers take no suffix.
+    Raises UsageError. See :func:`vm_core.sizes.parse`.
     """
     if isinstance(text, int):
         return text
-    word = text.strip().lower()
+    from .sizes import NotANumberError, OutOfRangeError, parse
+
     try:
-        if word.startswith("0x"):
-            value = int(word, 16) * _SUFFIXES[default_suffix.lower()]
-        else:
-            digits = word.rstrip("bkmgtpe")
-            suffix = word[len(digits) :] or default_suffix.lower()
-            if not digits or digits[0] not in "0123456789." or "_" in digits:
-                raise ValueError(text)
-            value = _scaled(digits, _SUFFIXES[suffix])
-    except (ValueError, KeyError):
+        value = parse(text, default_suffix.lower() or "b")
+    except NotANumberError:
         raise UsageError(f"{name}={text}: a size is needed: a number with k, M, G, T, P or E behind it").put(
             f"Parameter '{_parameter(name)}' expects a non-negative number below 2^64\n"
             "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n"
             "and exabytes, respectively."
         ) from None
-    if value >= 1 << 63:
-        raise UsageError(f"{name}={text}: at most {(1 << 63) - 1} bytes are possible")
+    except OutOfRangeError:
+        raise UsageError(f"{name}={text}: at most {(1 << 64) - 1} bytes are possible").put(
+            f"Value '{text}' is out of range for parameter '{_parameter(name)}'"
+        ) from None
     return value
-
-
-def _scaled(digits: str, unit: int) -> int:
-    """*digits* (decimal, with an optional fraction) times *unit*, cut to whole bytes, without floats."""
-    whole, dot, fraction = digits.partition(".")
-    if not dot:
-        return int(whole) * unit
-    if unit == 1:
-        raise ValueError(digits)
-    return int(whole or "0") * unit + int(fraction or "0") * unit // int(10 ** len(fraction))
 
 
 def parse_int(text: str | int, name: str = "value") -> int:

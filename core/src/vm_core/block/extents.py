@@ -132,7 +132,8 @@ def _leaves(run: Mapping, depth: int, owner: Node, base: Node | None, holes: boo
     """One run of a node, followed through filters and raw images to where the bytes lie."""
     kind, storage = run.kind, run.storage
     if kind is Kind.UNALLOCATED or kind is Kind.EOF:
-        return (Extent(Kind.ZERO, run.offset, run.length, None, -1, depth, owner, False),)
+        # Host space may be set aside for what was never written (subclusters).
+        return (Extent(Kind.ZERO, run.offset, run.length, run.storage, run.host, depth, owner, False),)
     if kind is Kind.DATA and storage is not None and storage is not owner:
         if owner.transparent and (holes or storage.backing is not None or storage.transparent):
             # The node below answers for itself, with its own backing chain. Recursion nests as filters do, no deeper.

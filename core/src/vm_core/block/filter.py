@@ -102,6 +102,14 @@ class Filter(Node):
     def allocated(self) -> int:
         return self.file.allocated()
 
+    def read_vmstate(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        self.file.read_vmstate(offset, buffers)
+
+    def write_vmstate(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        if self.readonly:
+            raise self.read_only_error()
+        self.file.write_vmstate(offset, buffers)
+
     def children(self) -> Dict[str, Node]:
         return {"file": self.file}
 

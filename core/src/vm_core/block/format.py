@@ -44,9 +44,17 @@ class Format(ABC):
     readonly: bool = False
     #: Bytes a unit of allocation has; 1 where there is none (raw).
     cluster_size: int = 1
+    #: Bytes in which :meth:`zero` can be told about parts of a unit of allocation; None: there are no such parts.
+    #: A range within one unit that starts or ends in the middle of it comes alone.
+    zero_unit: int | None = None
     #: Bytes in which SPECIAL runs are turned into data: a partial read asks for whole units (and keeps the last ones).
     #: None: clusters.
     special_unit: int | None = None
+    #: Every run is DATA of one storage at a constant distance (a fixed image): where the storage has holes, walks say so.
+    transparent: bool = False
+    #: Guest offset past the image's end from which on :meth:`map` and :meth:`allocate` also serve a machine's state; None
+    #: where the format keeps none.
+    state_offset: int | None = None
     #: The recorded backing image, None for a standalone one.
     backing_reference: BackingReference | None = None
 
@@ -133,16 +141,29 @@ class Format(ABC):
         raise UsageError("this format has no snapshots")
 
     def snapshot_apply(self, name: str) -> None:
-        """Go back to the snapshot of this id or name (an id is tried first). Raises ImageError where there is none."""
+        """Go back to the snapshot of this id or name (an id is tried first). Raises ImageError where there is none.
+
+        A note on the exception (``__notes__``) is something to tell before it.
+        """
         raise UsageError("this format has no snapshots")
 
-    def snapshot_delete(self, name: str) -> None:
-        """Delete the snapshot of this id or name."""
+    def snapshot_delete(self, name: str | None, *, id: str | None = None) -> None:
+        """Delete the first snapshot of this name (as qemu-img does, which looks at no ids), of this id where given."""
         raise UsageError("this format has no snapshots")
 
     def snapshot_load(self, *, id: str | None = None, name: str | None = None) -> None:
         """Show the contents of a snapshot from now on; the image must be open read-only."""
         raise UsageError("this format has no snapshots")
+
+    # Saved machine state, behind the virtual disk
+
+    def vmstate_offset(self) -> int | None:
+        """Where machine state is kept: a guest offset at or past :attr:`size` from which on :meth:`map` and
+        :meth:`allocate` work too. None: this format keeps none."""
+        return None
+
+    def vmstate_reserve(self, end: int) -> None:
+        """Machine state will be written up to the guest offset *end*: see to it that the tables reach there."""
 
     # Dirty bitmaps kept in the image (capability ``bitmaps``)
 

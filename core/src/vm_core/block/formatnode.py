@@ -117,6 +117,7 @@ class FormatNode(ImageNode):
         self.readonly = format.readonly
         self.cluster_size = format.cluster_size
         self.request_alignment = format.file.request_alignment
+        self.transparent = format.transparent
         self._backing = backing
         self._owned = list(owned)
         self._ranges = RangeLock()
@@ -381,6 +382,44 @@ class FormatNode(ImageNode):
                 self.format.commit(fresh)
 
     @_as_block_errors
+    def write_compressed(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """Write whole clusters (the image's last one may be cut off) in compressed form where that makes them smaller.
+
+        Raises BlockError: EINVAL for parts of clusters, EIO where a cluster holds data already.
+        """
+        length = total(buffers)
+        unit, size = self.cluster_size, self.format.size
+        if self.readonly:
+            raise self.read_only_error()
+        if offset < 0 or offset + length > size:
+            raise self._past_end()
+        if offset % unit or (length % unit and offset + length != size):
+            raise BlockError.of(errno.EINVAL)
+        for start in range(0, length, unit):
+            piece = cut(buffers, start, min(unit, length - start))
+            data = b"".join(piece).ljust(unit, b"\0")
+            encoded = self.format.encode(offset + start, data)
+            if encoded is None:
+                self.write(offset + start, piece)
+            else:
+                self.write_encoded(offset + start, encoded)
+
+    @_as_block_errors
+    def write_encoded(self, offset: int, encoded: bytes | memoryview) -> None:
+        """Store one cluster in the form that the driver's ``encode`` gave it. Raises BlockError as above."""
+        with self._exclusive(offset, offset + self.cluster_size):
+            with self._mutex:
+                one = self.format.allocate_encoded(offset, len(encoded))
+            try:
+                one.storage.write(one.host, (memoryview(encoded),))
+            except BaseException:
+                with self._mutex:
+                    self.format.abort([one])
+                raise
+            with self._mutex:
+                self.format.commit([one])
+
+    @_as_block_errors
     def begin_write(self, offset: int, length: int) -> WriteTicket:
         """The first half of a write: lock the range and set host space aside for it, touching no data.
 
@@ -516,16 +555,34 @@ class FormatNode(ImageNode):
             self.flush()
 
     def _zero_part(self, start: int, end: int, unmap: bool) -> None:
-        """Zero within the clusters at the range's ends, wholly by metadata where the rest of them is zeroes already."""
-        first, last = self._clusters(start, end - start)
-        last_inside = min(last, self.format.size)
-        with self._exclusive(first, last):
-            if self._reads_zero(start, end):
+        """Zero within the clusters at the range's ends, by metadata alone where that is possible.
+
+        It is where the rest of the cluster (or of its parts, if the format has such) reads as zeroes already.
+        """
+        size = self.format.size
+        unit = self.format.zero_unit or self.cluster_size
+        with self._exclusive(*self._clusters(start, end - start)):
+            if unit == self.cluster_size:
+                self._zero_edge(start, end, unit, size, unmap)
                 return
-            if self._reads_zero(first, start) and self._reads_zero(end, last_inside):
-                self._zero_clusters(first, last_inside, unmap)
-            else:
-                self._write_zeroes(start, end)
+            whole, stop = -(-start // unit) * unit, end if end == size else end - end % unit
+            if whole >= stop:
+                for begin, finish in _split(start, end, self.cluster_size):
+                    self._zero_edge(begin, finish, unit, size, unmap)
+                return
+            if start < whole:
+                self._zero_edge(start, whole, unit, size, unmap)
+            for begin, finish in _split(whole, stop, self.cluster_size):
+                self._zero_clusters(begin, finish, unmap)
+            if stop < end:
+                self._zero_edge(stop, end, unit, size, unmap)
+
+    def _zero_edge(self, start: int, end: int, unit: int, size: int, unmap: bool) -> None:
+        first, last = start - start % unit, min(-(-end // unit) * unit, size)
+        if self._reads_zero(first, start) and self._reads_zero(end, last):
+            self._zero_clusters(first, last, unmap)
+        elif not self._reads_zero(start, end):
+            self._write_zeroes(start, end)
 
     def _zero_clusters(self, start: int, end: int, unmap: bool) -> None:
         with self._mutex:
@@ -562,6 +619,60 @@ class FormatNode(ImageNode):
         for begin, finish in _portions(start, stop, unit):
             with self._exclusive(begin, -(-finish // unit) * unit), self._mutex:
                 self.format.discard(begin, finish - begin)
+
+    # Saved machine state
+
+    def _vmstate_base(self) -> int:
+        base = self.format.vmstate_offset()
+        if base is None:
+            raise BlockError.of(errno.ENOTSUP)
+        return base
+
+    @_as_block_errors
+    def read_vmstate(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        base = self._vmstate_base()
+        start, length = base + offset, total(buffers)
+        if not length:
+            return
+        with self._mutex:
+            ticket = self._ranges.shared(start, start + length)
+            try:
+                runs = list(self.format.map(start, length))
+            except BaseException:
+                self._ranges.drop(ticket)
+                raise
+        try:
+            # No backing image has anything to say here.
+            blank = (Kind.UNALLOCATED, Kind.EOF)
+            self._read_runs(
+                start, [run._replace(kind=Kind.ZERO) if run.kind in blank else run for run in runs], buffers
+            )
+        finally:
+            self._ranges.release(ticket)
+
+    @_as_block_errors
+    def write_vmstate(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """Written in whole clusters, with what was there before around it. One writer at a time."""
+        if self.readonly:
+            raise self.read_only_error()
+        base = self._vmstate_base()
+        length = total(buffers)
+        if not length:
+            return
+        start, end = self._clusters(base + offset, length)
+        vector: list[Buffer] = []
+        if start < base + offset:
+            vector.append(memoryview(bytearray(base + offset - start)))
+            self.read_vmstate(start - base, vector)
+        vector.extend(buffers)
+        if base + offset + length < end:
+            tail = memoryview(bytearray(end - base - offset - length))
+            self.read_vmstate(offset + length, [tail])
+            vector.append(tail)
+        with self._exclusive(start, end):
+            with self._mutex:
+                self.format.vmstate_reserve(end)
+            self._write_allocating(start, end - start, vector)
 
     # The whole image
 
@@ -679,6 +790,14 @@ def _portions(start: int, end: int, unit: int) -> Iterator[tuple[int, int]]:
     step = max(CHANGE_STEP // unit, 1) * unit
     while start < end:
         stop = min(end, start + step)
+        yield start, stop
+        start = stop
+
+
+def _split(start: int, end: int, unit: int) -> Iterator[tuple[int, int]]:
+    """A range cut where units begin."""
+    while start < end:
+        stop = min(end, start - start % unit + unit)
         yield start, stop
         start = stop
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .mapping import Mapping
 
 if TYPE_CHECKING:
+    from .breakpoints import Breakpoints
     from .formatnode import FormatNode
     from .open import OpenContext
 
@@ -39,6 +40,8 @@ class Node(ABC):
     #: Filters and raw images: every run of :meth:`map` is DATA of one child at a constant distance, so that walks go
     #: on in that child.
     transparent: bool = False
+    #: Where requests may be stopped, on nodes that offer it.
+    breakpoints: Breakpoints | None = None
 
     @property
     @abstractmethod
@@ -104,6 +107,22 @@ class Node(ABC):
         Returns the node, its lock's ticket and the runs; None from a node that is simply read.
         """
         return None
+
+    def read_vmstate(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """Read saved machine state (an image's bytes behind the virtual disk); *offset* counts from its start."""
+        import errno
+
+        from ..errors import BlockError
+
+        raise BlockError.of(errno.ENOTSUP)
+
+    def write_vmstate(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """Write saved machine state."""
+        import errno
+
+        from ..errors import BlockError
+
+        raise BlockError.of(errno.ENOTSUP)
 
     def children(self) -> Dict[str, Node]:
         """Child nodes by role: ``file``, ``backing``, ``data-file``, …"""

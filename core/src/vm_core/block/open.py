@@ -101,6 +101,8 @@ class OpenContext:
         self.io = io
         #: Opened to be checked or repaired: images marked as dirty or corrupt open too; nothing is mended on the way.
         self.check = check
+        #: The user said what the backing image is, or that there shall be none.
+        self.backing_given = False
         self._file: Node | None = None
         self._explicit: dict[str, Any] = {}
         self._opened: list[Node] = []
@@ -130,25 +132,31 @@ class OpenContext:
         *,
         format: str | None = None,
         readonly: bool | None = None,
+        storage: bool = False,
     ) -> Node:
         """Open a node that the image names, as its *role*; the gate decides.
 
         A child that the user gave for this role in the options is used instead, whatever *reference* says; with
-        *reference* None there has to be one. *format* is what the image records of it; None: probed. The node is closed
-        with the image.
+        *reference* None there has to be one. *format* is what the image records of it; None: probed. With *storage* it
+        is no image but bare storage, and nobody else may write to it. The node is closed with the image.
         """
         readonly = self.readonly if readonly is None else readonly
         explicit = self._explicit.pop(role, _ABSENT)
         if explicit is not _ABSENT:
             child = self.child(readonly=readonly, filename="")
-            node, owned = _open_reference(explicit, child, image=True)
+            node, owned = _open_reference(explicit, child, image=not storage)
         elif reference is None:
             raise ImageError(self.filename, f"needs a {role}: give {role}.filename=… or the name of a node")
+        elif storage:
+            node = _follow_storage(self, role, reference, readonly)
+            owned = True
         else:
             node = _follow(self, role, reference, format, readonly)
             owned = True
         if owned:
             self._opened.append(node)
+        if storage and not self.share and not self.share_writes:
+            node.claim()
         return node
 
     def secret(self, identity: str) -> bytes:
@@ -277,47 +285,9 @@ def create_image(
     *options* are strings or typed values, as after ``-o``. Refuses to overwrite an image that is in use. Nothing is
     left behind of a new file when it fails. Raises ImageError, PluginError or UsageError.
     """
-    from ..options import typed
-    from ..plugins import find
+    from .create import prepare
 
-    driver = cast("FormatDriver", find("format", format))
-    if "create" not in driver.capabilities:
-        raise UsageError(f"Format driver '{format}' does not support image creation")
-    given = typed(options or {}, driver.create_options, f"Format driver '{format}'")
-    size = given.pop("size", size) if size is None else size
-    given.pop("size", None)
-    backing = given.get("backing_file")
-    if backing and (size is None or check_backing):
-        if not given.get("backing_fmt"):
-            raise UsageError("Backing file specified without backing format: give backing_fmt (-F)")
-        path = backing if SCHEME.match(backing) else os.path.join(os.path.dirname(filename), backing)
-        with open_node(path, format=given["backing_fmt"], share=True, gate=gate, backing=True) as node:
-            size = node.size if size is None else size
-    if size is None:
-        raise UsageError("Image creation needs a size parameter")
-    if size < 0 or size >= 1 << 63:
-        raise UsageError("Invalid image size specified")
-    protocol, target = _protocol_of(filename)
-    implementation = _lookup(protocol)[1]
-    fresh = not os.path.lexists(target.get("filename", ""))
-    implementation.create(dict(target), 0)
-    try:
-        with _as_image_errors(filename):
-            file = _open({"driver": protocol, **target}, OpenContext(readonly=False))
-            try:
-                driver.load().create(file, size, given)
-            except BaseException:
-                with _ignored():
-                    file.close()
-                raise
-            file.close()
-        if given:
-            raise UsageError(f"Format driver '{format}' does not know the option {min(given)!r}")
-    except BaseException:
-        if fresh and protocol == "file":
-            with _ignored():
-                os.unlink(target["filename"])
-        raise
+    prepare(filename, format, size, options, check_backing=check_backing, gate=gate).create()
 
 
 # From options to nodes
@@ -470,6 +440,7 @@ def _open_format(
     backing = options.pop("backing", _ABSENT)
     if backing is not _ABSENT and backing is not None and "backing" not in descriptor.capabilities:
         raise UsageError(f"{driver}: this format has no backing images")
+    context.backing_given = backing is not _ABSENT
     options = _split_children(driver, options, descriptor, context)
     if not context.readonly and "write" not in descriptor.capabilities:
         if not context.auto_readonly:
@@ -486,7 +457,6 @@ def _open_format(
         if context._explicit:
             raise UsageError(f"{driver}: the image has no {min(context._explicit)}")
         node = FormatNode(opened, driver=driver, filename=context.filename, owned=context._opened)
-        node.transparent = False
     except BaseException:
         with _ignored():
             opened.close()
@@ -619,6 +589,30 @@ def _follow_one(
             node.close()
         raise
     return node, pending
+
+
+def _follow_storage(context: OpenContext, role: str, reference: str | dict[str, Any], readonly: bool) -> Node:
+    """Open bare storage that an image names, if the gate agrees."""
+    if isinstance(reference, dict):
+        import json
+
+        shown, options, path = "json:" + json.dumps(reference), dict(reference), None
+    else:
+        shown = reference
+        # QEMU takes such names as relative to where it runs; here they are relative to the image, like all others.
+        options, path = _resolve_name(reference, "" if context.gate.following else context.filename)
+    context.gate.check(context.filename, role, shown, path)
+    if path is not None:
+        _check_loop(context, role, path)
+        options = {"driver": "file" if _is_plain(path) else _local_protocol(path), "filename": path}
+    return _open(options, context.child(readonly=readonly, filename="", detect_zeroes="off"), image=False)
+
+
+def create_storage(filename: str, size: int = 0) -> Node:
+    """Make bare storage called *filename*, of *size* bytes that read as zeroes, and open it. Raises ImageError."""
+    protocol, target = _protocol_of(filename)
+    _lookup(protocol)[1].create(dict(target), size)
+    return _open({"driver": protocol, **target}, OpenContext(readonly=False), image=False)
 
 
 def _resolve_name(reference: str, image: str) -> tuple[dict[str, Any], str | None]:

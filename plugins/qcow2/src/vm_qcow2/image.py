@@ -116,7 +116,9 @@ class Qcow2(Format):
 
     @classmethod
     def open(cls, file: Node, options: dict[str, Any], context: OpenContext) -> Qcow2:
-        return cls(
+        snapshot = {word: options.pop(f"snapshot.{word}", None) for word in ("id", "name")}
+        pass_discard_snapshot = options.pop("pass-discard-snapshot", True)
+        image = cls(
             file,
             context.filename or file.filename,
             readonly=context.readonly,
@@ -125,6 +127,10 @@ class Qcow2(Format):
             refcount_cache=options.pop("refcount-cache-size", None) or REFCOUNT_CACHE_BYTES,
             pass_discard=options.pop("pass-discard-request", True),
         )
+        image.order.pass_discard_snapshot = pass_discard_snapshot
+        if any(snapshot.values()):
+            image.snapshot_load(**snapshot)
+        return image
 
     def _register_tables(self) -> None:
         """Tell the overlap check where tables are; two in one place are refused."""
@@ -206,6 +212,14 @@ class Qcow2(Format):
 
         load(self, id, name)
 
+    def vmstate_offset(self) -> int:
+        return self.geometry.l1_entries_for(self.size) << self.geometry.guest_bits
+
+    def vmstate_reserve(self, end: int) -> None:
+        from .resize import grow_l1_for_state
+
+        grow_l1_for_state(self, end)
+
     # Reading
 
     def map(self, offset: int, length: int) -> Sequence[Mapping]:
@@ -218,6 +232,9 @@ class Qcow2(Format):
             l1_index = unit >> table_bits
             table = self.tables.get(l1_index)
             if table is None:
+                if l1_index >= len(self.tables.l1):  # machine state that was never written
+                    self._append(found, Kind.UNALLOCATED, unit, stop, -1, False, None, offset, end)
+                    break
                 empty = run_length(self.tables.l1, l1_index, (stop - 1 >> table_bits) + 1, 0)
                 after = min(l1_index + empty << table_bits, stop)
                 self._append(found, Kind.UNALLOCATED, unit, after, -1, False, None, offset, end)

@@ -28,6 +28,9 @@ _OPTIONS = (
     Option("lazy-refcounts", "bool", "Postpone refcount updates (default: as the image says)"),
     Option("l2-cache-size", "size", "Bytes of L2 tables kept in memory", default=32 << 20),
     Option("refcount-cache-size", "size", "Bytes of refcount blocks kept in memory", default=4 << 20),
+    Option("snapshot.id", "str", "Show the internal snapshot of this id (read-only)"),
+    Option("snapshot.name", "str", "Show the internal snapshot of this name (read-only)"),
+    Option("pass-discard-snapshot", "bool", "Give space of deleted snapshots back to the host", default=True),
     Option("pass-discard-request", "bool", "Give space that the guest discards back to the host", default=True),
 )
 
@@ -40,7 +43,7 @@ def vm_format_drivers() -> list[FormatDriver]:
             name="qcow2",
             summary="QEMU's copy-on-write image format, versions 2 and 3",
             implementation="vm_qcow2.image:Qcow2",
-            capabilities={"write", "create", "backing", "resize", "check"},
+            capabilities={"write", "create", "backing", "resize", "check", "snapshots"},
             signatures=(
                 Signature(0, b"QFI\xfb\0\0\0\x02"),
                 Signature(0, b"QFI\xfb\0\0\0\x03"),

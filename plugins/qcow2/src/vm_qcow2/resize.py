@@ -7,11 +7,12 @@ the header says the new size first, then what lies beyond is dropped.
 
 from __future__ import annotations
 
+import errno
 from array import array
 from typing import TYPE_CHECKING
 
 from vm_core.block.mapping import Kind
-from vm_core.errors import UsageError
+from vm_core.errors import BlockError, UsageError
 
 from .geometry import MAX_L1_BYTES
 
@@ -80,6 +81,20 @@ def _drop_from(image: Qcow2, size: int) -> None:
     for index in range(geometry.l1_entries_for(size), len(tables.l1)):
         if tables.l1[index]:
             tables.remove(index)
+
+
+def grow_l1_for_state(image: Qcow2, end: int) -> None:
+    """Let the L1 table reach the guest offset *end*, with room to spare since more will follow."""
+    entries = image.geometry.l1_entries_for(end)
+    if entries <= len(image.tables.l1):
+        return
+    grown = max(len(image.tables.l1), 1)
+    while grown < entries:
+        grown = -(-grown * 3 // 2)
+    if grown * 8 > MAX_L1_BYTES:
+        raise BlockError.of(errno.EFBIG)
+    grow_l1(image, grown)
+    image.order.write_back()
 
 
 def grow_l1(image: Qcow2, entries: int) -> None:

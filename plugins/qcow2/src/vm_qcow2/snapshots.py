@@ -252,6 +252,54 @@ def switch_snapshots(image: Qcow2, new: NewTable) -> tuple[int, int]:
     return former
 
 
+def check_snapshots(image: Qcow2, *, repair: bool) -> tuple[list[str], int]:
+    """Read the table for a check, into :attr:`Qcow2.snapshot_table`: sentences to tell, and how many corruptions.
+
+    With *repair* what is too much is cut off in memory; :func:`repair_snapshots` puts that on disk, after the refcounts
+    are right. Raises BlockError, with a note that tells more, where the table cannot be read: then nothing else can be
+    checked.
+    """
+    store = image.store
+    count = store.header.nb_snapshots
+    said: list[str] = []
+    found = 0
+    try:
+        beyond = count - MAX_SNAPSHOTS
+        if beyond > 0:
+            if not repair:
+                error = BlockError.of(errno.EFBIG)
+                error.add_note(
+                    "ERROR snapshot table too large\n"
+                    f"You can force-remove all {beyond} overhanging snapshots with qemu-img check -r all"
+                )
+                raise error
+            said.append(f"Discarding {beyond} overhanging snapshots")
+            found += beyond
+            count = MAX_SNAPSHOTS
+        table = read_snapshots(store, repair=repair, count=count)
+    except ImageError as problem:
+        place = "offset invalid" in problem.peer
+        error = BlockError.of(errno.EINVAL if place else errno.EFBIG)
+        error.add_note(f"ERROR failed to read the snapshot table: {problem.peer}")
+        raise error from problem
+    said += table.cuts
+    word = "Repairing" if repair else "ERROR"
+    said += [f"{word} snapshot table entry {number} is incomplete" for number in table.incomplete]
+    image.snapshot_table = table
+    return said, found + table.problems
+
+
+def repair_snapshots(image: Qcow2) -> None:
+    """Write the table that :func:`check_snapshots` cut anew, with all that the format demands, and free the former."""
+    table = prepare_snapshots(image, image.snapshot_table.entries)
+    first, count = switch_snapshots(image, table)
+    if count:
+        image.metadata.remove(first, count)
+        for cluster in image.refcounts.decrement(first, count):
+            image.allocator.lower(cluster)
+        image.refcounts.settle()
+
+
 def _too_much(store: Store, what: str, which: str) -> ImageError:
     return ImageError(
         store.name,

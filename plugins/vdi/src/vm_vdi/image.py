@@ -151,7 +151,19 @@ class Vdi(Format):
                     zeroed = host >= self.file.size
                     found.append(Allocation(index * unit, some * unit, self.file, host, True, zeroed))
                     index += some
+        self._extend(found)
         return found
+
+    def _extend(self, allocations: Sequence[Allocation]) -> None:
+        """Have the file reach to the end of fresh blocks: they are whole, also where zeroes are not written."""
+        fresh = [one for one in allocations if one.fresh]
+        end = max((one.host + one.length for one in fresh), default=0)
+        if self.file.size < end:
+            try:
+                self.file.truncate(end)
+            except BaseException:
+                self.abort(fresh)
+                raise
 
     def _take(self, count: int) -> list[tuple[int, int]]:
         """Runs (first number, count) of *count* new blocks: those given back first, the rest at the end."""
@@ -166,9 +178,6 @@ class Vdi(Format):
 
     def commit(self, allocations: Sequence[Allocation]) -> None:
         unit, entries = self.cluster_size, self._map
-        end = max(one.host + one.length for one in allocations)
-        if self.file.size < end:  # blocks are whole in the file, the last one too
-            self.file.truncate(end)
         for one in allocations:
             index, count = one.offset // unit, one.length // unit
             number = (one.host - self._data) // unit

@@ -29,7 +29,7 @@ def find_parent(header: Header, name: str, context: OpenContext) -> str:
     directory = os.path.dirname(name)
     own = os.path.basename(name)
     missing = f"{{{show_uuid(header.uuid_link)}}}.vdi"
-    if context.gate.closed or not context.follow_backing:
+    if context.gate.closed or context.backing_given or not context.follow_backing:
         return missing
     count = 0
     for folder in ("", ".."):

@@ -93,6 +93,14 @@ class Source:
             if rest:
                 yield Run(Kind.ZERO, start + size, rest)
 
+    @staticmethod
+    def segment(extent: Extent, offset: int, length: int) -> Segment:
+        """A part of *extent*, of data, to be read on its own. The image is direct (:func:`is_direct`)."""
+        if extent.kind is Kind.SPECIAL:
+            special = Mapping(extent.kind, offset, length, extent.storage, extent.host, False, extent.token)
+            return Segment(0, length, extent.owner, offset, special)
+        return Segment(0, length, extent.storage, extent.host + offset - extent.offset)
+
     def _below(self, offset: int, length: int, backing: int) -> Iterator[Run]:
         """A run that the target's backing image of *backing* bytes answers for; zeroes from its end on."""
         inside = max(0, min(length, backing - offset))
@@ -238,12 +246,17 @@ class _Planner:
 def read_request(request: Request, buffer: memoryview) -> None:
     """Fill the beginning of *buffer* with the request's bytes. Raises OSError."""
     for segment in request.segments:
-        view = buffer[segment.at : segment.at + segment.length]
-        node = segment.node
-        if node is None:
-            fill((view,))
-        elif segment.special is None:
-            node.read(segment.host, (view,))
-        else:
-            assert isinstance(node, FormatNode)
-            view[:] = node.transform(segment.special)
+        read_segment(segment, buffer)
+
+
+def read_segment(segment: Segment, buffer: memoryview) -> None:
+    """Fill the segment's part of *buffer*. Raises OSError."""
+    view = buffer[segment.at : segment.at + segment.length]
+    node = segment.node
+    if node is None:
+        fill((view,))
+    elif segment.special is None:
+        node.read(segment.host, (view,))
+    else:
+        assert isinstance(node, FormatNode)
+        view[:] = node.transform(segment.special)

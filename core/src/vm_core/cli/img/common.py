@@ -278,7 +278,7 @@ class Tool:
 
     def size(self, text: str, name: str, low: int = 0, high: int = INT64_MAX) -> int:
         """A size that the option called *name* in the peer's complaints is given, from *low* to *high*."""
-        from . import numbers
+        from ... import sizes as numbers
 
         try:
             value = numbers.parse(text)

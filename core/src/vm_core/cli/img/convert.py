@@ -300,11 +300,9 @@ def _convert(tool: Tool, given: _Arguments, sources: list[Node], stack: ExitStac
 
 def can_compress(node: FormatNode) -> bool:
     """Whether compressed clusters can be written to an image of this format."""
-    from ...descriptors import FormatDriver
-    from ...plugins import registry
+    from ...plugins import find
 
-    driver = registry().find("format", node.driver)
-    return isinstance(driver, FormatDriver) and "compress" in driver.capabilities
+    return "compress" in find("format", node.driver).capabilities
 
 
 def _create_options(tool: Tool, given: _Arguments) -> dict[str, Any]:
@@ -327,9 +325,9 @@ def _create_options(tool: Tool, given: _Arguments) -> dict[str, Any]:
 def _check_compression(given: _Arguments, options: dict[str, Any]) -> None:
     if not given.compressed:
         return
-    from ...plugins import registry
+    from ...plugins import find
 
-    driver = registry().find("format", given.target_format or "raw")
+    driver = find("format", given.target_format or "raw")
     if "compress" not in driver.capabilities:
         raise Failure("Compression not supported for this file format")
     if options.get("encryption") in ("on", True) or options.get("encrypt.format"):
@@ -361,16 +359,16 @@ def _create(tool: Tool, given: _Arguments, size: int, options: dict[str, Any]) -
 def _check_bitmaps(given: _Arguments, sources: list[Node]) -> None:
     """Before anything is written: both formats have bitmaps, and none of the source's is broken."""
     from ...block.formatnode import FormatNode
-    from ...plugins import registry
+    from ...plugins import find
 
     if given.target_format is not None:
-        driver = registry().find("format", given.target_format)
+        driver = find("format", given.target_format)
         if "bitmaps" not in driver.capabilities:
             raise Failure(f"Format driver '{given.target_format}' does not support bitmaps")
     if len(sources) > 1:
         raise Failure("Copying bitmaps only possible with single source")
     source = sources[0]
-    if not isinstance(source, FormatNode) or "bitmaps" not in registry().find("format", source.driver).capabilities:
+    if not isinstance(source, FormatNode) or "bitmaps" not in find("format", source.driver).capabilities:
         raise Failure("Source lacks bitmap support")
     if not given.skip_broken_bitmaps:
         with source.quiesce() as driver_:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from ..img import numbers
+from ... import sizes
 
 #: Bytes that one request may have: the most sectors of 512 bytes that a signed 32-bit number of bytes counts.
 MAX_REQUEST = (1 << 31) - 512
@@ -19,16 +19,16 @@ class BadNumberError(ValueError):
 def parse_size(text: str, program: str) -> int:
     """Bytes from ``512``, ``64k``, ``0x200``. Raises BadNumberError."""
     try:
-        value = numbers.parse(text)
-    except numbers.OutOfRangeError:
+        value = sizes.parse(text)
+    except sizes.OutOfRangeError:
         value = 1 << 64
-    except numbers.NotANumberError:
+    except sizes.NotANumberError:
         value = -1
     if value < 0:
         raise BadNumberError(
             f"Parsing error: non-numeric argument, or extraneous/unrecognized suffix -- {text}"
         ) from None
-    if value > numbers.INT64_MAX:
+    if value > sizes.INT64_MAX:
         raise BadNumberError(f"Parsing error: argument too large -- {text}")
     if text[:2].lower() == "0x" and text[-1].lower() in "kmgtp":
         sys.stderr.write(f"{program}: warning: Using a multiplier suffix on hex numbers is deprecated: {text}\n")

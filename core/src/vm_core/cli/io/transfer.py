@@ -514,8 +514,6 @@ def aio_write(session: Session, words: Sequence[str]) -> int:
         raise _Wrong("-z supports only a single length parameter")
     if "u" in flags and not zeroes:
         raise _Wrong("-u requires -z to be specified")
-    if zeroes and "P" in flags:
-        raise _Wrong("-z and -P cannot be specified at the same time")
     offset = _number(session, scan.rest[0])
     if zeroes:
         total = _number(session, scan.rest[1])

@@ -1,0 +1,34 @@
+"""Stopping requests at events: what a test driver such as blkdebug offers to programs such as ``vm-io``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from .node import Node
+
+
+class Breakpoints(Protocol):
+    """The breakpoints of one node, each with a tag."""
+
+    def set(self, event: str, tag: str) -> None:
+        """Stop the next request that comes to *event* and call it *tag*. Raises UsageError for an unknown event."""
+
+    def remove(self, tag: str) -> bool:
+        """Forget the breakpoint and let what it stopped go on. False where there is neither."""
+
+    def resume(self, tag: str) -> bool:
+        """Let the request that was stopped as *tag* go on. False where there is none."""
+
+    def suspended(self, tag: str) -> bool:
+        """Whether a request is stopped as *tag*."""
+
+
+def find(node: Node) -> Breakpoints | None:
+    """The breakpoints of *node* or of the nearest node below it that has some."""
+    current: Node | None = node
+    while current is not None:
+        if current.breakpoints is not None:
+            return current.breakpoints
+        current = current.children().get("file")
+    return None

@@ -1,0 +1,205 @@
+"""Compare: whether two images hold the same bytes, and where they first differ.
+
+The extents of both are planned side by side: where both are known to be zero nothing is read, where one is only the
+other. The rest is read in pieces by several threads and compared by memcmp. The first difference is told by sector, as
+if the images had been read from the beginning; so a piece that is done early waits for none before it, but what is told
+is the earliest of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from threading import Lock
+from typing import NamedTuple
+
+from ..extents import Extent, walk
+from ..mapping import Kind
+from ..node import Node
+from . import pipeline
+from .job import Job
+from .source import SECTOR, Segment, Source, is_direct, read_segment, sectors_up
+from .zeroes import all_zero
+
+#: Bytes read of each image at a time.
+PIECE = 512 * 1024
+SMALL = 4 * 1024 * 1024
+
+
+class Difference(NamedTuple):
+    """What was found first. *kind* is ``content``, ``status`` (strict: allocation), ``size`` (strict) or ``error``."""
+
+    kind: str
+    offset: int = -1
+    #: For an error: which image (0 or 1), and what happened.
+    image: int = 0
+    error: OSError | None = None
+
+
+class Comparison(NamedTuple):
+    """The result: no difference where the images hold the same."""
+
+    difference: Difference | None
+    #: The images' sizes differ, and one has nothing but zeroes where the other has ended (if there is no difference
+    #: before that).
+    sizes_differ: bool
+
+
+def compare(first: Node, second: Node, *, strict: bool = False, job: Job | None = None, workers: int = 8) -> Comparison:
+    """Compare what two images hold; the longer one must have zeroes where the other ends.
+
+    *strict*: sizes and allocation must be the same too. Raises Cancelled.
+    """
+    return _Comparer(first, second, strict, job or Job(), workers).run()
+
+
+class _Piece(NamedTuple):
+    """Work: compare *length* bytes at *offset*; the segments of each side, None where it reads as zeroes."""
+
+    offset: int
+    length: int
+    sides: tuple[Segment | None, Segment | None]
+
+
+class _Comparer:
+    def __init__(self, first: Node, second: Node, strict: bool, job: Job, workers: int) -> None:
+        self.nodes = (first, second)
+        self.strict = strict
+        self.job = job
+        self.workers = workers
+        self.straight = (is_direct(first), is_direct(second))
+        self.sizes = (sectors_up(first.size), sectors_up(second.size))
+        self._lock = Lock()
+        self._found: Difference | None = None
+
+    def run(self) -> Comparison:
+        differ = self.sizes[0] != self.sizes[1]
+        if differ and self.strict:
+            return Comparison(Difference("size"), True)
+        common = min(self.sizes)
+        self.job.start(max(self.sizes))
+        self._run(self._pieces(0, common), common)
+        if self._found is None and differ:
+            longer = 0 if self.sizes[0] > self.sizes[1] else 1
+            self._run(self._rest(longer, common), self.sizes[longer] - common)
+            return Comparison(self._found, True)
+        if self._found is None:
+            self.job.finish()
+        return Comparison(self._found, differ and (self._found is None or self._found.offset >= common))
+
+    def _run(self, pieces: Iterator[_Piece], length: int) -> None:
+        count = 1 if length <= SMALL else pipeline.worker_count(self.workers)
+        pipeline.run(
+            pieces, self._compare, workers=count, make_state=lambda: (bytearray(PIECE), bytearray(PIECE))
+        )
+
+    # Planning
+
+    def _pieces(self, start: int, end: int) -> Iterator[_Piece]:
+        walks = [_Walk(node, end) for node in self.nodes]
+        offset = start
+        while offset < end and self._found is None:
+            one, two = (each.at(offset) for each in walks)
+            if self.strict and walks[0].status(one, self.sizes[0]) != walks[1].status(two, self.sizes[1]):
+                self._report(Difference("status", offset))
+                return
+            length = min(one.end, two.end, end) - offset
+            if one.kind is Kind.ZERO and two.kind is Kind.ZERO:
+                self.job.advance(length)
+                offset += length
+                continue
+            stop = offset + length
+            while offset < stop and self._found is None:
+                count = min(PIECE - offset % PIECE, stop - offset)
+                yield _Piece(offset, count, (self._segment(0, one, offset, count), self._segment(1, two, offset, count)))
+                offset += count
+
+    def _rest(self, longer: int, start: int) -> Iterator[_Piece]:
+        """What the longer image has where the other one has ended."""
+        end = self.sizes[longer]
+        walk_ = _Walk(self.nodes[longer], end)
+        offset = start
+        while offset < end and self._found is None:
+            extent = walk_.at(offset)
+            if extent.kind is Kind.ZERO:
+                self.job.advance(min(extent.end, end) - offset)
+                offset = extent.end
+                continue
+            stop = min(extent.end, end)
+            while offset < stop and self._found is None:
+                count = min(PIECE - offset % PIECE, stop - offset)
+                segment = self._segment(longer, extent, offset, count)
+                yield _Piece(offset, count, (segment, None) if longer == 0 else (None, segment))
+                offset += count
+
+    def _segment(self, side: int, extent: Extent, offset: int, length: int) -> Segment | None:
+        if extent.kind is Kind.ZERO:
+            return None
+        if not self.straight[side]:
+            return Segment(0, length, self.nodes[side], offset)
+        return Source.segment(extent, offset, length)
+
+    # Comparing
+
+    def _compare(self, piece: _Piece, buffers: tuple[bytearray, bytearray]) -> None:
+        self.job.check()
+        length = piece.length
+        for side, (segment, buffer) in enumerate(zip(piece.sides, buffers, strict=True)):
+            if segment is not None:
+                try:
+                    with memoryview(buffer) as view:
+                        read_segment(segment, view)
+                except OSError as error:
+                    self._report(Difference("error", piece.offset, side, error))
+                    return
+        one, two = buffers
+        if piece.sides[0] is None or piece.sides[1] is None:
+            data = two if piece.sides[0] is None else one
+            if not all_zero(data, 0, length):
+                self._mismatch(piece, data, bytes(length))
+        elif one != two if length == PIECE else one[:length] != two[:length]:
+            self._mismatch(piece, one, two)
+        self.job.advance(length)
+
+    def _mismatch(self, piece: _Piece, one: bytearray, two: bytes | bytearray) -> None:
+        for start in range(0, piece.length, SECTOR):
+            stop = min(start + SECTOR, piece.length)
+            if one[start:stop] != two[start:stop]:
+                self._report(Difference("content", piece.offset + start))
+                return
+
+    def _report(self, difference: Difference) -> None:
+        """Keep the earliest."""
+        with self._lock:
+            if self._found is None or difference.offset < self._found.offset:
+                self._found = difference
+
+
+class _Walk:
+    """The extents of an image, one after the other; past its end zeroes up to *end*."""
+
+    def __init__(self, node: Node, end: int) -> None:
+        self._node = node
+        self._end = end
+        self._extents = walk(node)
+        self._current = Extent(Kind.ZERO, 0, 0, None, -1, 0, node, False)
+
+    def at(self, offset: int) -> Extent:
+        """The extent at *offset*, which only moves forward."""
+        while self._current.end <= offset:
+            following = next(self._extents, None)
+            if following is None:
+                start = self._current.end
+                following = Extent(Kind.ZERO, start, self._end - start, None, -1, 0, self._node, False)
+            self._current = following
+        return self._current
+
+    def status(self, extent: Extent, size: int) -> tuple[bool, ...]:
+        """What strict mode compares: data, allocated, a place on the host, compressed, reaching the end."""
+        special = extent.kind is Kind.SPECIAL
+        return (
+            extent.kind is not Kind.ZERO,
+            extent.allocated,
+            extent.host >= 0 and not special,
+            special,
+            extent.end >= size,
+        )

@@ -1,0 +1,88 @@
+"""The commands that look at the image: its length, what is allocated, and what its format has to say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from ...block.mapping import Kind
+from .texts import BadNumberError, human, parse_size
+
+if TYPE_CHECKING:
+    from ...block.node import Node
+    from .session import Session
+
+
+def length(session: Session, words: Sequence[str]) -> int:
+    """``length``."""
+    session.out.write(f"{human(session.size)}\n")
+    return 0
+
+
+def allocated(node: Node, offset: int, size: int) -> Iterator[tuple[int, int, bool]]:
+    """Runs of *node* alone, without its backing images: offset, length, and whether it says what is there."""
+    while node.transparent and node.children():
+        # A raw image says so of all its bytes, a filter what the node below says.
+        below = next(iter(node.children().values()))
+        if not (below.transparent or below.backing is not None or below.cluster_size > 1):
+            break
+        node = below
+    pending: tuple[int, int, bool] | None = None
+    if not node.transparent:
+        for run in node.map(offset, size):
+            if run.kind is Kind.EOF:
+                break
+            said = run.kind is not Kind.UNALLOCATED
+            if pending is not None and pending[2] == said:
+                pending = (pending[0], pending[1] + run.length, said)
+            else:
+                if pending is not None:
+                    yield pending
+                pending = (run.offset, run.length, said)
+        if pending is not None:
+            yield pending
+    elif size:
+        yield offset, size, True
+
+
+def alloc(session: Session, words: Sequence[str]) -> int:
+    """``alloc``: how much of a range the image itself holds."""
+    try:
+        offset = parse_size(words[1], session.program)
+        count = parse_size(words[2], session.program) if len(words) == 3 else 512
+    except BadNumberError as error:
+        session.out.write(f"{error}\n")
+        return 1
+    end = min(offset + count, session.size)
+    if offset + count > end:
+        count = max(0, end - offset)
+    found = sum(size for _, size, said in allocated(session.image, offset, count) if said) if count else 0
+    session.out.write(f"{found}/{count} bytes allocated at offset {human(offset)}\n")
+    return 0
+
+
+def show_map(session: Session, words: Sequence[str]) -> int:
+    """``map``: all runs of the image."""
+    if session.size:
+        for offset, size, said in allocated(session.image, 0, session.size):
+            text = "    allocated" if said else "not allocated"
+            session.out.write(f"{human(size)} ({size:#x}) bytes {text} at offset {human(offset)} ({offset:#x})\n")
+    return 0
+
+
+def info(session: Session, words: Sequence[str]) -> int:
+    """``info``: the format, its clusters, and its own facts."""
+    from .vmstate import state_offset
+
+    node = session.image
+    cluster = node.cluster_size if node.cluster_size > 1 and not node.transparent else 0
+    session.out.write(f"format name: {node.driver}\n")
+    session.out.write(f"cluster size: {human(cluster)}\n")
+    session.out.write(f"vm state offset: {human(state_offset(node))}\n")
+    facts = node.info()
+    if facts:
+        from ..facts import lines
+
+        session.out.write("Format specific information:\n")
+        session.out.write("".join(lines(facts, 1)))
+    return 0
