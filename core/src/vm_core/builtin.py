@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from .descriptors import AcceleratorDriver, BlockEngine, FormatDriver, Option, ProtocolDriver
 from .hookspecs import hookimpl
 
-_FILENAME = Option("filename", "str", "path of the file or device", required=True)
+_FILENAME = Option("filename", "str", "path of the file or device", required=True, defining=True)
 _LOCKING = Option(
     "locking", "enum", "locks that other processes respect, QEMU among them", "auto", choices=("auto", "on", "off")
 )
@@ -24,8 +24,8 @@ def vm_format_drivers() -> Iterable[FormatDriver]:
             extensions=("raw", "img", "iso", "bin", "dd"),
             capabilities=frozenset({"write", "create", "resize"}),
             options=(
-                Option("offset", "size", "where in the file the image begins", 0),
-                Option("size", "size", "length of the image; to the end of the file if not given"),
+                Option("offset", "size", "where in the file the image begins", 0, defining=True),
+                Option("size", "size", "length of the image; to the end of the file if not given", defining=True),
             ),
             create_options=(Option("size", "size", "Virtual disk size"),),
         )

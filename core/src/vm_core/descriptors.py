@@ -34,6 +34,8 @@ class Option:
     default: str | int | bool | None = None
     choices: tuple[str, ...] = ()
     required: bool = False
+    #: An open option that makes the image another one: it belongs to the image's ``json:`` name.
+    defining: bool = False
 
 
 @attrs.frozen

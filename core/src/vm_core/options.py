@@ -23,8 +23,6 @@ from .errors import UsageError
 if TYPE_CHECKING:
     from .descriptors import Option
 
-#: Suffixes of sizes: powers of 1024 by letter, bytes for "b".
-_SUFFIXES = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50, "e": 1 << 60}
 _TRUE = ("on", "yes", "true", "y")
 _FALSE = ("off", "no", "false", "n")
 
@@ -86,7 +84,9 @@ def split(text: str, implied: str | None = None) -> dict[str, str]:
             else:
                 value = "on"
         if not key:
-            raise UsageError(f"option {piece!r} has no name before '=': write NAME=VALUE (and ',,' for a comma)")
+            raise UsageError(f"option {piece!r} has no name before '=': write NAME=VALUE (and ',,' for a comma)").put(
+                "Invalid parameter ''"
+            )
         result[key] = value
     return result
 
@@ -190,6 +190,10 @@ def parse_size(text: str | int, name: str = "size", default_suffix: str = "") ->
         raise UsageError(f"{name}={text}: at most {(1 << 64) - 1} bytes are possible").put(
             f"Value '{text}' is out of range for parameter '{_parameter(name)}'"
         ) from None
+    if value >= 1 << 63:
+        raise UsageError(f"{name}={text}: at most {(1 << 63) - 1} bytes are possible").put(
+            f"Value '{text}' is out of range for parameter '{_parameter(name)}'"
+        )
     return value
 
 

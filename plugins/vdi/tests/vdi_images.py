@@ -26,7 +26,9 @@ def build(
     blocks = [data[n * block : (n + 1) * block].ljust(block, b"\0") for n in range(count)]
     present = [n for n in range(count) if n not in absent and (any(blocks[n]) or chance.random() < 0.3)]
     chance.shuffle(present)
-    table = [UNALLOCATED if n in absent or not link.strip(b"\0") and chance.random() < 0.5 else ZERO for n in range(count)]
+    table = [
+        UNALLOCATED if n in absent or (not link.strip(b"\0") and chance.random() < 0.5) else ZERO for n in range(count)
+    ]
     for number, n in enumerate(present):
         table[n] = number
     start = -(-(512 + 4 * count) // 512) * 512

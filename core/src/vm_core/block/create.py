@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 TOO_LARGE = "The image size is too large for file format '{}'"
 
 
+class MissingBackingFormatError(UsageError):
+    """A backing file was named without its format."""
+
+
 class NewImage:
     """An image that can be made: every option has been understood."""
 
@@ -203,7 +207,7 @@ def _check_backing(new: NewImage, look: bool, gate: Gate | None) -> None:
         ) from error
     with node:
         if not format:
-            raise UsageError(f"{missing} (-F): it looks like {node.driver}").put(
+            raise MissingBackingFormatError(f"{missing} (-F): it looks like {node.driver}").put(
                 f"{missing}\nDetected format of {node.driver}."
             )
         if new.values.get("size") is None:

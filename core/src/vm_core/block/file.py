@@ -196,10 +196,22 @@ class FileProtocol(Protocol):
 
     def reopen(self, *, readonly: bool) -> None:
         """Change between read-only and read-write, keeping locks and place in the graph. Raises ImageError."""
-        if readonly == self.readonly:
-            return
+        if readonly != self.readonly:
+            self._reopen(readonly, self.direct)
+
+    def recache(self, *, direct: bool, no_flush: bool) -> None:
+        """Change what the host's page cache and flushes are for. Nothing is in flight. Raises ImageError."""
+        if direct != self.direct:
+            self.flush()
+            self._reopen(self.readonly, direct)
+            self.direct = direct
+            self._blocks = RangeLock() if direct else None
+            self.request_alignment = self._find_alignment() if direct else 1
+        self.no_flush = no_flush
+
+    def _reopen(self, readonly: bool, direct: bool) -> None:
         try:
-            fd = _open(self.filename, readonly=readonly, direct=self.direct)
+            fd = _open(self.filename, readonly=readonly, direct=direct)
         except OSError as error:
             raise ImageError("", f"Could not reopen '{self.filename}': {error.strerror}") from None
         before, after = os.fstat(self._fd), os.fstat(fd)

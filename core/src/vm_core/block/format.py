@@ -201,6 +201,10 @@ class Format(ABC):
         """Change what ``qemu-img amend -o`` changes: the descriptor's ``amend_options``."""
         raise UsageError("this format cannot be amended")
 
+    def empty(self) -> None:
+        """Forget all guest data: every byte comes from the backing image again, or is zero (``commit``)."""
+        raise UsageError("an image of this format cannot be emptied")
+
     def change_backing(self, filename: str | None, format: str | None) -> None:
         """Record another backing image (None: none) without looking at any data (``rebase -u``)."""
         raise UsageError("this format has no backing images")

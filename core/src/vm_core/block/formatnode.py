@@ -101,6 +101,9 @@ class WriteTicket(NamedTuple):
 class FormatNode(ImageNode):
     """An image: a format driver, its storage, and the backing image if there is one."""
 
+    #: The backing image is the user's choice and another one than the image records.
+    backing_replaced: bool = False
+
     def __init__(
         self,
         format: Format,
@@ -118,6 +121,8 @@ class FormatNode(ImageNode):
         self.cluster_size = format.cluster_size
         self.request_alignment = format.file.request_alignment
         self.transparent = format.transparent
+        #: Closes the driver and opens the image anew with changed options; also gives what was wrong with them.
+        self.remake: Callable[[Format, dict[str, Any]], tuple[Format, Exception | None]] | None = None
         self._backing = backing
         self._owned = list(owned)
         self._ranges = RangeLock()
@@ -762,6 +767,18 @@ class FormatNode(ImageNode):
             if readonly:
                 self.format.file.reopen(readonly=True)
             self.readonly = readonly
+
+    def reconfigure(self, options: dict[str, Any]) -> None:
+        """Change options of the driver while the image stays open. Raises VmError, with the image open as it was."""
+        if self.remake is None:
+            raise ImageError(self.filename, f"{self.driver}: options cannot be changed")
+        self.flush()
+        with self._exclusive(0, EVERYTHING), self._mutex:
+            readonly = self.format.readonly
+            self.format, failure = self.remake(self.format, options)
+            self.format.readonly = readonly
+        if failure is not None:
+            raise failure
 
     def invalidate(self) -> None:
         self.format.file.invalidate()

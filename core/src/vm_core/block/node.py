@@ -33,6 +33,8 @@ class Node(ABC):
     #: What a person calls the image: a path or URI, shortest form that names it.
     filename: str = ""
     readonly: bool = False
+    #: The driver, the options and the children's options that define the node: what its ``json:`` name holds.
+    full_options: dict[str, Any] = {}  # noqa: RUF012 - replaced, never changed
     #: Offsets and lengths that are multiples of this (bytes) are served without a bounce buffer.
     request_alignment: int = 1
     #: Allocation granularity in bytes (cluster, grain, block); 1 where the image has none.

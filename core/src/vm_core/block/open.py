@@ -28,6 +28,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import GateError, ImageError, LockError, UsageError, VmError
+from . import names
 from .cache import WRITEBACK, CacheMode
 from .format import Format
 from .formatnode import FormatNode
@@ -37,7 +38,7 @@ from .imagenode import ImageNode
 from .node import Node, Protocol
 
 if TYPE_CHECKING:
-    from ..descriptors import Descriptor, FormatDriver, Option, ProtocolDriver
+    from ..descriptors import Descriptor, Option, ProtocolDriver
 
 Warn = Callable[[str], None]
 
@@ -306,6 +307,8 @@ def _open(options: dict[str, Any], context: OpenContext, *, image: bool = True) 
                 raise ImageError(top.filename, f"the backing chain is longer than {MAX_DEPTH} images")
             below, owned, pending = pending()
             node.set_backing(below, owned=owned)
+            if node.backing_replaced:
+                names.call_with_backing(node)
             node = below
     except BaseException:
         with _ignored():
@@ -417,8 +420,10 @@ def _open_protocol(driver: str | None, options: dict[str, Any], context: OpenCon
     elif isinstance(options.get("filename"), str) and set(options) == {"filename"}:
         options = _lookup(driver)[1].parse_filename(options["filename"])
     _, implementation, descriptor = _lookup(driver)
+    given = names.defining(options, descriptor) if set(options) != {"filename"} else options.copy()
     options = _typed(driver, "protocol", options, descriptor)
     node: Node = implementation.open(options, context)
+    node.full_options = {"driver": driver, **(given or {"filename": node.filename})}
     try:
         _refuse_rest(driver, options)
         context.graph.add(node, name)
@@ -441,6 +446,7 @@ def _open_format(
     if backing is not _ABSENT and backing is not None and "backing" not in descriptor.capabilities:
         raise UsageError(f"{driver}: this format has no backing images")
     context.backing_given = backing is not _ABSENT
+    given = names.defining(options, descriptor)
     options = _split_children(driver, options, descriptor, context)
     if not context.readonly and "write" not in descriptor.capabilities:
         if not context.auto_readonly:
@@ -450,6 +456,7 @@ def _open_format(
         if not context.auto_readonly:
             raise ImageError(context.filename, "the storage is read-only: open the image read-only")
         context.readonly = True
+    chosen = dict(options)
     opened = implementation.open(file, options, context)
     try:
         opened.readonly = opened.readonly or context.readonly
@@ -457,12 +464,16 @@ def _open_format(
         if context._explicit:
             raise UsageError(f"{driver}: the image has no {min(context._explicit)}")
         node = FormatNode(opened, driver=driver, filename=context.filename, owned=context._opened)
+        names.call(node, driver, given)
+        node.remake = _remaker(implementation, descriptor, chosen, context)
     except BaseException:
         with _ignored():
             opened.close()
         raise
     reference = opened.backing_reference
     if backing is None or backing == "" or not context.follow_backing:
+        if context.backing_given and reference is not None:
+            names.call_with_backing(node)
         return node, None
     if backing == "follow" and context.graph.get("follow") is None:
         context.gate = Gate.follow()
@@ -474,6 +485,15 @@ def _open_format(
     )
 
     def pending() -> tuple[Node, bool, _Pending | None]:
+        found, owned, more = opened_backing()
+        if context.backing_given and not same_backing(found):
+            node.backing_replaced = True
+        return found, owned, more
+
+    def same_backing(found: Node) -> bool:
+        return reference is not None and found.filename == _resolve_name(reference.filename, context.filename)[1]
+
+    def opened_backing() -> tuple[Node, bool, _Pending | None]:
         with _backing_errors(context.filename):
             if isinstance(backing, Node):
                 return backing, False, None
@@ -493,6 +513,33 @@ def _open_format(
     return node, pending
 
 
+def _remaker(
+    implementation: type[Format], descriptor: Descriptor, chosen: dict[str, Any], context: OpenContext
+) -> Callable[[Format, dict[str, Any]], tuple[Format, Exception | None]]:
+    """What opens the image once more, with changed driver options."""
+    current = chosen
+
+    def remake(old: Format, changes: dict[str, Any]) -> tuple[Format, Exception | None]:
+        """Close *old* and return the image open with *changes*; where that fails open as before, and why it failed."""
+        nonlocal current
+        from ..options import typed
+
+        wanted = {**current, **typed(changes, descriptor.options, descriptor.name)}
+        file, children = old.file, old.children()
+        context.readonly = old.readonly
+        old.close()
+        context._explicit = dict(children)
+        try:
+            made = implementation.open(file, dict(wanted), context)
+        except (OSError, VmError) as error:
+            context._explicit = dict(children)
+            return implementation.open(file, dict(current), context), error
+        current = wanted
+        return made, None
+
+    return remake
+
+
 def _open_filter(
     implementation: Any,
     driver: str,
@@ -502,6 +549,7 @@ def _open_filter(
     context: OpenContext,
 ) -> Node:
     """A raw image or a filter: a node that is its own implementation."""
+    given = names.defining(options, descriptor or _described(driver) if options else None)
     if descriptor is not None:
         options = _split_children(driver, options, descriptor, context)
     elif options:
@@ -514,6 +562,7 @@ def _open_filter(
     context._opened.clear()  # the node's now
     try:
         _refuse_rest(driver, options)
+        names.call(node, driver, given)
     except BaseException:
         node.close()
         raise
@@ -707,6 +756,12 @@ def _lookup(driver: str) -> tuple[str, Any, Descriptor | None]:
             told = as_protocol if "not installed" in str(as_protocol) else as_format
             raise told.put(f"Unknown driver '{driver}'") from None
     return descriptor.kind, descriptor.load(), descriptor
+
+
+def _described(driver: str) -> Descriptor:
+    from ..plugins import find
+
+    return find("format", driver)
 
 
 def _is_protocol(driver: Any) -> bool:

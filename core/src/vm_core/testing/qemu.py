@@ -41,9 +41,7 @@ class Qemu:
 
     def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
         """qemu-img, whatever comes of it."""
-        return subprocess.run(
-            [str(self.img_path), *map(str, arguments)], capture_output=True, text=True, timeout=120
-        )
+        return subprocess.run([str(self.img_path), *map(str, arguments)], capture_output=True, text=True, timeout=120)
 
     def img(self, *arguments: object, ok: tuple[int, ...] = (0,)) -> str:
         """qemu-img's output."""

@@ -89,8 +89,7 @@ script(
     "raw.img",
     *[
         f"alloc {text} 0"
-        for text in "1.5k 1.5 0x200 010 1k5 1kb 1K 1B 1b 1E 8E 9223372036854775807 9223372036854775808 "
-        "18446744073709551616 +1 0x 0x1k 0x1E 0x1B 1e3 .5k 1.k nan inf 0.00001k 0.0005k 0.0004k 1.0 1.5b 1. -1 '0'".split()
+        for text in ["1.5k", "1.5", "0x200", "010", "1k5", "1kb", "1K", "1B", "1b", "1E", "8E", "9223372036854775807", "9223372036854775808", "18446744073709551616", "+1", "0x", "0x1k", "0x1E", "0x1B", "1e3", ".5k", "1.k", "nan", "inf", "0.00001k", "0.0005k", "0.0004k", "1.0", "1.5b", "1.", "-1", "'0'"]
     ],
     options="-f raw",
 )
@@ -98,16 +97,13 @@ script(
     "patterns",
     BASE,
     "raw.img",
-    *[f"write -P {text} 0 1" for text in "0 255 256 -1 010 08 0xff 0x100 x 1x 0x '' +3 1.0 1k".split()],
+    *[f"write -P {text} 0 1" for text in ["0", "255", "256", "-1", "010", "08", "0xff", "0x100", "x", "1x", "0x", "''", "+3", "1.0", "1k"]],
     options="-f raw",
 )
 
 # Words of commands
 
-for command in (
-    "abort aio_flush aio_read aio_write alloc break close discard flush help info length map open quit read readv "
-    "remove_break reopen resume sigraise sleep truncate wait_break write writev nosuch ? a c d f i l o q r t w"
-).split():
+for command in ["abort", "aio_flush", "aio_read", "aio_write", "alloc", "break", "close", "discard", "flush", "help", "info", "length", "map", "open", "quit", "read", "readv", "remove_break", "reopen", "resume", "sigraise", "sleep", "truncate", "wait_break", "write", "writev", "nosuch", "?", "a", "c", "d", "f", "i", "l", "o", "q", "r", "t", "w"]:
     if command not in ("abort",):
         script(f"count-{command}", BASE, "base.qcow2", command, f"{command} 1 2 3 4 5 6 7", "length")
     script(f"help-{command}", BASE, None, f"help {command}")
@@ -115,7 +111,7 @@ for command in (
         script(f"closed-{command}", BASE, None, f"{command} 0 512", f"{command} 0", command)
 script("help-all", BASE, None, "help", "?", "help 1 2")
 
-for command in "read readv write writev aio_read aio_write discard".split():
+for command in ["read", "readv", "write", "writev", "aio_read", "aio_write", "discard"]:
     script(
         f"words-{command}",
         BASE,

@@ -21,7 +21,7 @@ from array import array
 from vm_core.errors import BlockError
 
 from .geometry import MAX_HOST_OFFSET, MAX_REFTABLE_BYTES
-from .overlap import MetadataMap
+from .overlap import ACTIVE_L2, REFCOUNT_BLOCK, REFCOUNT_TABLE, MetadataMap
 from .refcounts import Refcounts
 from .store import Store
 
@@ -54,8 +54,11 @@ class Allocator:
 
     # Taking
 
-    def allocate(self, count: int) -> int:
-        """Take *count* clusters in a row, each with refcount one; returns the first. Raises BlockError."""
+    def allocate(self, count: int, what: str = "") -> int:
+        """Take *count* clusters in a row, each with refcount one; returns the first. Raises BlockError.
+
+        *what* they are for, where that can never be at offset 0.
+        """
         self.store.check_writable()
         while True:
             first = self._find(count)
@@ -70,14 +73,48 @@ class Allocator:
             finally:
                 # The new block may have been put where this allocation was planned.
                 self._hint = min(self._hint, first)
+        if not first and what:
+            raise self.store.mark_corrupt(f"Preventing invalid allocation of {what} at offset 0")
         self.metadata.check(first, count)
         self.refcounts.set_run(first, count, 1)
         self.fresh_from = max(self.fresh_from, first + count)
         return first
 
+    def allocate_at(self, first: int, count: int) -> int:
+        """Take as many of *count* clusters from *first* on as are free; returns how many. Raises BlockError."""
+        self.store.check_writable()
+        while True:
+            free = self._free_at(first, count)
+            if not free or first + free << self.store.geometry.cluster_bits > MAX_HOST_OFFSET:
+                return 0
+            missing = self._missing_block(first, free)
+            if missing is None:
+                break
+            # The new block may be put where this allocation was planned.
+            self._create_block(missing)
+        self.metadata.check(first, free)
+        self.refcounts.set_run(first, free, 1)
+        self.fresh_from = max(self.fresh_from, first + free)
+        return free
+
+    def _free_at(self, first: int, count: int) -> int:
+        """How many of *count* clusters from *first* on are free, up to the first that is not."""
+        found = 0
+        while found < count:
+            position = first + found
+            index, low = position >> self._shift, position & self._per_block - 1
+            step = min(count - found, self._per_block - low)
+            block = self.refcounts.block(index)
+            if block is not None:
+                piece = block.counts[low : low + step]
+                if piece != array(piece.typecode, bytes(step * piece.itemsize)):
+                    return found + next(i for i, value in enumerate(piece) if value)
+            found += step
+        return found
+
     def allocate_metadata(self, count: int, kind: str) -> int:
         """Like :meth:`allocate`, for a table that will never be written as data."""
-        first = self.allocate(count)
+        first = self.allocate(count, "L2 table" if kind == ACTIVE_L2 else "")
         self.metadata.add(first, count, kind)
         return first
 
@@ -96,7 +133,7 @@ class Allocator:
             tail = 0
         room = -tail & size - 1 if tail else 0
         if not tail or room < length:
-            fresh = self.allocate(1) << bits
+            fresh = self.allocate(1, "compressed cluster") << bits
             if tail and tail + room == fresh:
                 self._count_again(tail >> bits)
             else:
@@ -181,6 +218,8 @@ class Allocator:
             finally:
                 self._hint = min(self._hint, cluster)
             return
+        if not cluster:
+            raise self.store.mark_corrupt("Preventing invalid allocation of refcount block at offset 0")
         self.metadata.check(cluster, 1)
         self.store.file.event("refblock_alloc")
         if own != index:
@@ -192,7 +231,7 @@ class Allocator:
         if own == index:
             # It counts itself.
             self.refcounts.set_run(cluster, 1, 1)
-        self.metadata.add(cluster, 1, "refcount block")
+        self.metadata.add(cluster, 1, REFCOUNT_BLOCK)
         self.fresh_from = max(self.fresh_from, cluster + 1)
 
     def _grow_table(self, index: int, cluster: int) -> None:
@@ -239,8 +278,8 @@ class Allocator:
         for block in written:
             block.clean()
         refcounts.unlinked.clear()
-        self.metadata.add(area, new_blocks, "refcount block")
-        self.metadata.add(area + new_blocks, table_clusters, "refcount table")
+        self.metadata.add(area, new_blocks, REFCOUNT_BLOCK)
+        self.metadata.add(area + new_blocks, table_clusters, REFCOUNT_TABLE)
         self.fresh_from = max(self.fresh_from, area + used)
         store.header.refcount_table_offset = table_offset
         store.header.refcount_table_clusters = table_clusters

@@ -31,6 +31,8 @@ class State(IntEnum):
     COMPRESSED = 4
     #: The backing image's bytes; a host cluster is set aside (only subclusters).
     UNALLOCATED_ALLOCATED = 5
+    #: It means nothing; always one entry.
+    BAD = 6
 
 
 class Run(NamedTuple):
@@ -165,6 +167,46 @@ def subruns(
                     yield Run(_substate(allocated, zero, run.placed), low, count, first, run.copied, entries[index])
                     low += count
                 index += 1
+
+
+def all_runs(
+    entries: array[int], bitmaps: array[int] | None, start: int, stop: int, geometry: Geometry
+) -> list[Run]:
+    """The runs of the units from *start* to *stop* – of clusters without *bitmaps* –, damage among them as BAD."""
+    per_entry = 1 if bitmaps is None else SUBCLUSTERS
+    found: list[Run] = []
+    while start < stop:
+        try:
+            if bitmaps is None:
+                found.extend(runs(entries, start, stop, geometry))
+            else:
+                found.extend(subruns(entries, bitmaps, start, stop, geometry))
+            return found
+        except BadEntryError as error:
+            bad = error
+        # What stands before it is read once more, up to there.
+        first = max(start, bad.index * per_entry)
+        after = min(stop, (bad.index + 1) * per_entry)
+        while found and found[-1].at >= start:
+            found.pop()
+        if start < first:
+            found.extend(all_runs(entries, bitmaps, start, first, geometry))
+        found.append(Run(State.BAD, first, after - first, 0, False, bad.entry))
+        start = after
+    return found
+
+
+def damage(entry: int, bitmap: int, geometry: Geometry) -> str:
+    """What is wrong with one BAD entry, in QEMU's words."""
+    try:
+        one = array("Q", (entry,))
+        if geometry.extended:
+            list(subruns(one, array("Q", (bitmap,)), 0, SUBCLUSTERS, geometry))
+        else:
+            list(runs(one, 0, 1, geometry))
+    except BadEntryError as error:
+        return str(error)
+    return _INVALID
 
 
 def _substate(allocated: int, zero: int, placed: bool) -> State:

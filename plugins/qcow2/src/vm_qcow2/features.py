@@ -49,6 +49,19 @@ FEATURE_NAMES = (
 )
 
 
+def unsupported(mask: int, names: Iterable[FeatureName]) -> str:
+    """The unknown incompatible features in *mask*, by the image's own names, those without a name as a number."""
+    parts = []
+    rest = mask
+    for one in names:
+        if one.kind == 0 and mask >> one.bit & 1 and one.name:
+            parts.append(one.name)
+            rest &= ~(1 << one.bit)
+    if rest:
+        parts.append(f"Unknown incompatible feature: {rest:x}")
+    return ", ".join(parts)
+
+
 def bits(mask: int) -> list[int]:
     """The numbers of the bits set in *mask*."""
     return [bit for bit in range(64) if mask >> bit & 1]

@@ -142,7 +142,8 @@ class Qcow2(Format):
         if self.readonly:
             return
         for one in self.snapshot_table.entries:
-            metadata.register(one.head.l1_table_offset, one.head.l1_size * 8, "L1 table of a snapshot")
+            if one.l1_problem(self.cluster_size) is None:  # else it cannot be used, and nothing else is wrong
+                metadata.register(one.head.l1_table_offset, one.head.l1_size * 8, "L1 table of a snapshot")
         for index, entry in enumerate(self.refcounts.table):
             if entry & 511 or entry & self.cluster_size - 1:
                 raise self.store.error(f"refcount table entry {index} ({entry:#x}) is not aligned to clusters")

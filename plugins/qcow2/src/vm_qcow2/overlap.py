@@ -1,16 +1,45 @@
 """Where an image's metadata is, so that nothing else is written over it.
 
 Refcounts should see to that; in a damaged or malicious image they do not. Before clusters are taken or guest data is
-written in place, they are looked up here; a hit marks the image as corrupt, and the write fails with EIO.
+written in place, they are looked up here; a hit marks the image as corrupt, and the write fails with EIO. Which kinds
+of metadata are looked up is the user's choice (``overlap-check``).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from .geometry import COPIED, OFFSET_MASK
-from .store import Store
+from .geometry import OFFSET_MASK
+
+if TYPE_CHECKING:
+    from .store import Store
+
+#: The kinds of metadata, as QEMU's messages call them, by the option that switches looking them up.
+OPTIONS = {
+    "main-header": "qcow2_header",
+    "active-l1": "active L1 table",
+    "active-l2": "active L2 table",
+    "refcount-table": "refcount table",
+    "refcount-block": "refcount block",
+    "snapshot-table": "snapshot table",
+    "inactive-l1": "inactive L1 table",
+    "inactive-l2": "inactive L2 table",
+    "bitmap-directory": "bitmap directory",
+}
+HEADER, ACTIVE_L1, ACTIVE_L2, REFCOUNT_TABLE, REFCOUNT_BLOCK, SNAPSHOT_TABLE, INACTIVE_L1, INACTIVE_L2, BITMAPS = (
+    OPTIONS.values()
+)
+_CONSTANT = frozenset((HEADER, ACTIVE_L1, REFCOUNT_TABLE, SNAPSHOT_TABLE, BITMAPS))
+_CACHED = _CONSTANT | {ACTIVE_L2, REFCOUNT_BLOCK, INACTIVE_L1}
+#: What ``overlap-check`` takes.
+TEMPLATES: dict[str, frozenset[str]] = {
+    "none": frozenset(),
+    "constant": _CONSTANT,
+    "cached": _CACHED,
+    "all": _CACHED | {INACTIVE_L2},
+}
 
 #: One-cluster tables up to this many are kept (tens of MiB); only images of many TiB in small clusters have more.
 MAX_TABLES = 400_000
@@ -29,7 +58,9 @@ class MetadataMap:
         self._sorted: list[int] | None = None
         #: Tables of many clusters: sorted starts, with (end, kind).
         self._starts: list[int] = [0]
-        self._ends: list[tuple[int, str]] = [(1, "header")]
+        self._ends: list[tuple[int, str]] = [(1, HEADER)]
+        #: Kinds that are looked up.
+        self.checks: frozenset[str] = TEMPLATES["cached"]
 
     def add(self, first: int, count: int, kind: str) -> None:
         """These clusters hold *kind*."""
@@ -52,35 +83,20 @@ class MetadataMap:
                 del self._starts[position], self._ends[position]
 
     def register(self, offset: int, length: int, kind: str) -> None:
-        """While opening: *kind* lies at *offset*. Raises ImageError where something else does too."""
+        """While opening: *kind* lies at *offset*, or should; tables in one place are left to the check of writes."""
         bits = self.store.geometry.cluster_bits
-        first = offset >> bits
-        count = (offset + length - 1 >> bits) - first + 1
         if length:
-            known = self.find(first, count)
-            if known is not None:
-                raise self.store.error(f"{kind} at {offset:#x} overlaps the {known[1]}")
-            self.add(first, count, kind)
+            first = offset >> bits
+            self.add(first, (offset + length - 1 >> bits) - first + 1, kind)
 
     def register_tables(self, entries: Iterable[int], kind: str) -> None:
-        """The same for tables of one cluster each, by the entries that point at them.
-
-        Several entries may share a table that none of them may change.
-        """
+        """The same for tables of one cluster each, by the entries that point at them."""
         bits = self.store.geometry.cluster_bits
         kinds = self._kinds
         for entry in entries:
-            if entry:
-                cluster = (entry & OFFSET_MASK) >> bits
-                known = kinds.get(cluster)
-                if known is None and cluster < self._ends[-1][0]:
-                    found = self.find(cluster, 1)
-                    known = found and found[1]
-                if known is not None and (known != kind or entry & COPIED):
-                    raise self.store.error(f"{kind} at {cluster << bits:#x} overlaps the {known}")
-                if len(kinds) < MAX_TABLES:
-                    kinds[cluster] = kind
-                    self._sorted = None
+            if entry and len(kinds) < MAX_TABLES:
+                kinds.setdefault((entry & OFFSET_MASK) >> bits, kind)
+        self._sorted = None
 
     def find(self, first: int, count: int) -> tuple[int, str] | None:
         """The first cluster found in the range that holds metadata, and what."""
@@ -111,5 +127,4 @@ class MetadataMap:
         """Raise EIO, and mark the image as corrupt, if writing these clusters would overwrite metadata."""
         found = self.find(first, count)
         if found is not None:
-            offset = found[0] << self.store.geometry.cluster_bits
-            raise self.store.mark_corrupt(f"a write to {offset:#x} would overwrite the {found[1]}")
+            raise self.store.mark_corrupt(f"Preventing invalid write on metadata (overlaps with {found[1]})")

@@ -14,7 +14,8 @@ from array import array
 from collections import OrderedDict
 
 from .geometry import MAX_REFTABLE_BYTES, Geometry
-from .store import Store, swap
+from .header import check_table
+from .store import Store, alternate, swap
 
 _CODES = {8: "B", 16: "H", 32: "I", 64: "Q"}
 
@@ -70,20 +71,20 @@ class RefcountBlock:
 class Refcounts:
     """Refcounts of all host clusters. Cluster numbers are host offsets divided by the cluster size."""
 
-    def __init__(self, store: Store, cache_bytes: int) -> None:
+    def __init__(self, store: Store, cache_bytes: int, *, check: bool = False) -> None:
         self.store = store
         geometry = store.geometry
         self.geometry: Geometry = geometry
         header = store.header
-        if not header.refcount_table_clusters:
-            raise store.error("the refcount table has no clusters")
-        length = header.refcount_table_clusters << geometry.cluster_bits
-        if length > MAX_REFTABLE_BYTES:
-            raise store.error(f"refcount table of {length} bytes; {MAX_REFTABLE_BYTES} is the most that is supported")
-        if not header.refcount_table_offset:
-            raise store.error("refcount table at 0x0 overlaps the header")
-        store.check_range(header.refcount_table_offset, length, "refcount table")
-        self.table = store.read_words(header.refcount_table_offset, length // 8, "refcount table")
+        words = geometry.cluster_size // 8
+        count = header.refcount_table_clusters * words
+        check_table(
+            store.name, header, header.refcount_table_offset, count, 8, MAX_REFTABLE_BYTES, "Reference count table"
+        )
+        if not count and not check:
+            raise store.error("Image does not contain a reference count table")
+        # As everywhere, what lies past the end of the file is zero.
+        self.table = swap(array("Q", store.file.pread(header.refcount_table_offset, count * 8)))
         #: Table entries that are not on disk yet.
         self.unlinked: set[int] = set()
         self._blocks: OrderedDict[int, RefcountBlock] = OrderedDict()
@@ -101,10 +102,13 @@ class Refcounts:
         offset = self.table[index] if index < len(self.table) else 0
         if not offset:
             return None
-        if offset & 511:
-            raise self.store.error(f"refcount table entry {index} ({offset:#x}) has reserved bits set")
+        if offset & self.geometry.cluster_size - 1:
+            raise self.store.mark_corrupt(
+                f"Refblock offset {alternate(offset)} unaligned (reftable index: {alternate(index)})"
+            )
         self.store.file.event("refblock_load")
-        data = self.store.read(offset, self.geometry.cluster_size, f"refcount block {index}")
+        data = self.store.file.pread(offset, self.geometry.cluster_size) if offset < 1 << 62 else b""
+        data = data or bytes(self.geometry.cluster_size)
         return self.insert(index, RefcountBlock(offset, decode(data, self.geometry.refcount_bits)))
 
     def insert(self, index: int, block: RefcountBlock) -> RefcountBlock:

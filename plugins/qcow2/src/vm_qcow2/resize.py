@@ -15,6 +15,7 @@ from vm_core.block.mapping import Kind
 from vm_core.errors import BlockError, UsageError
 
 from .geometry import MAX_L1_BYTES
+from .overlap import ACTIVE_L1
 
 if TYPE_CHECKING:
     from .image import Qcow2
@@ -106,7 +107,7 @@ def grow_l1(image: Qcow2, entries: int) -> None:
     grown = tables.l1 + array("Q", bytes(8 * (entries - len(tables.l1))))
     count = -(-entries * 8 >> geometry.cluster_bits)
     old_offset, old_size = header.l1_table_offset, header.l1_size
-    first = allocator.allocate_metadata(count, "active L1 table")
+    first = allocator.allocate_metadata(count, ACTIVE_L1)
     try:
         offset = first << geometry.cluster_bits
         store.file.event("l1_grow_write_table")

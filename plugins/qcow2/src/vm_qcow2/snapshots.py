@@ -26,6 +26,9 @@ MAX_EXTRA_BYTES = 1024
 #: What version 3 demands of it: up to the disk size.
 MIN_EXTRA_BYTES = 16
 NO_ICOUNT = (1 << 64) - 1
+#: Bytes of a name and of an id that QEMU's tools show, and of a name that they give. More may be in a table.
+LISTED_NAME = 255
+LISTED_ID = 127
 
 
 class SnapshotHead(Record, order="big"):
@@ -70,11 +73,11 @@ class Snapshot(NamedTuple):
         data: dict[str, Any] = {"icount": self.icount} if self.icount is not None else {}
         return data | {
             "vm-clock-nsec": head.vm_clock % 1_000_000_000,
-            "name": self.name,
+            "name": shorten(self.name, LISTED_NAME),
             "date-sec": head.seconds,
             "date-nsec": head.nanoseconds,
             "vm-clock-sec": head.vm_clock // 1_000_000_000,
-            "id": self.id,
+            "id": shorten(self.id, LISTED_ID),
             "vm-state-size": self.vm_state_size,
         }
 
@@ -326,6 +329,11 @@ class _Window:
             self._data = self._file.pread(self._start + position, max(length, self.SIZE))
             self._from, at = position, 0
         return self._data[at : at + length]
+
+
+def shorten(text: str, length: int) -> str:
+    """The first *length* bytes of a name."""
+    return _decode(_encode(text)[:length])
 
 
 def _decode(data: bytes) -> str:

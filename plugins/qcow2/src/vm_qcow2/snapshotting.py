@@ -23,20 +23,23 @@ from typing import TYPE_CHECKING
 from vm_core.errors import BlockError, ImageError, UsageError
 
 from .geometry import COPIED, MAX_SNAPSHOTS, OFFSET_MASK
+from .overlap import ACTIVE_L1, ACTIVE_L2, INACTIVE_L1
 from .resize import grow_l1, resize
 from .sharing import Tree
 from .snapshots import (
+    LISTED_NAME,
     Snapshot,
     SnapshotHead,
     discard_table,
     prepare_snapshots,
+    shorten,
     switch_snapshots,
 )
 
 if TYPE_CHECKING:
     from .image import Qcow2
 
-_L1_KIND = "L1 table of a snapshot"
+_L1_KIND = INACTIVE_L1
 
 
 def create(image: Qcow2, name: str) -> None:
@@ -54,7 +57,7 @@ def create(image: Qcow2, name: str) -> None:
     first = image.allocator.allocate_metadata(count, _L1_KIND) if count else 0
     snapshot = Snapshot(
         _next_id(entries),
-        name,
+        shorten(name, LISTED_NAME),
         SnapshotHead(
             l1_table_offset=first << bits,
             l1_size=len(tables.l1),
@@ -144,7 +147,7 @@ def _apply(image: Qcow2, snapshot: Snapshot) -> None:
     own = array("Q", l1)
     tree = Tree(image, own, active=False)
     # Before anything is changed: no table of the snapshot lies on top of something else.
-    image.metadata.register_tables((entry & ~COPIED for entry in own), "active L2 table")
+    image.metadata.register_tables((entry & ~COPIED for entry in own), ACTIVE_L2)
     tree.count(1)
     _settle(image)
     active = {entry & OFFSET_MASK for entry in tables.l1}
@@ -202,7 +205,7 @@ def _next_id(entries: list[Snapshot]) -> str:
 
 def _find(image: Qcow2, id: str | None, name: str | None) -> Snapshot | None:
     for one in image.snapshot_table.entries:
-        if (id is None or one.id == id) and (name is None or one.name == name):
+        if (id is None or one.id == id) and (name is None or shorten(one.name, LISTED_NAME) == name):
             return one
     return None
 
@@ -275,7 +278,7 @@ def _replace_l1(image: Qcow2, new: array[int]) -> None:
         return
     end = store.file.size
     count = -(-len(new) * 8 >> bits)
-    first = image.allocator.allocate_metadata(count, "active L1 table")
+    first = image.allocator.allocate_metadata(count, ACTIVE_L1)
     try:
         store.write_words(first << bits, new)
         image.refcounts.settle()

@@ -7,6 +7,7 @@ import sys
 from array import array
 
 from vm_core.block.node import Node
+from vm_core.block.notices import notice
 from vm_core.errors import BlockError, ImageError
 
 from .features import CORRUPT, DIRTY
@@ -29,8 +30,12 @@ class Store:
         self.header = header
         self.name = name
         self.geometry = Geometry(header)
-        #: Damage was found: nothing may be written any more.
-        self.corrupt = bool(header.incompatible_features & CORRUPT)
+        #: No changes are wanted.
+        self.readonly = True
+        #: Damage was found while this image was open for writing: nothing is read or written any more.
+        self.corrupt = False
+        #: Some damage was told.
+        self._told = False
         #: Writes were made since the last barrier.
         self._unstable = False
 
@@ -88,17 +93,31 @@ class Store:
             self.header.incompatible_features = new
             self.write_header("incompatible_features")
 
-    def mark_corrupt(self, reason: str) -> BlockError:
-        """Refuse all further writes, also by others (version 3), because of *reason*; returns the error to raise."""
-        if not self.corrupt:
-            self.corrupt = True
-            if self.geometry.version >= 3 and not self.file.readonly:
-                self.header.incompatible_features |= CORRUPT
-                self.write_header("incompatible_features")
-                self.barrier()
-        return BlockError.of(errno.EIO, f"{self.name}: {reason}; the image is corrupt and is not written any more")
+    def mark_corrupt(self, reason: str, *, fatal: bool = True) -> BlockError:
+        """Damage was found: tell it (once), and return the error to raise.
+
+        If it is *fatal* and the image is written, all further requests are refused, and (version 3) the header says
+        so to everybody else.
+        """
+        if fatal and not self.file.readonly and not self.readonly:
+            if not self.corrupt:
+                self.corrupt = True
+                notice(f"qcow2: Marking image as corrupt: {reason}; further corruption events will be suppressed")
+                if self.geometry.version >= 3:
+                    self.header.incompatible_features |= CORRUPT
+                    self.write_header("incompatible_features")
+                    self.file.flush()
+        elif not self._told and not self.corrupt:
+            notice(f"qcow2: Image is corrupt: {reason}; further non-fatal corruption events will be suppressed")
+        self._told = True
+        return BlockError.of(errno.EIO, f"{self.name}: {reason}")
 
     def check_writable(self) -> None:
-        """Raise EIO if damage was found before."""
+        """Raise ENOMEDIUM, as QEMU does, if damage was found before."""
         if self.corrupt:
-            raise BlockError.of(errno.EIO, f"{self.name}: the image is corrupt and is not written any more")
+            raise BlockError.of(errno.ENOMEDIUM)
+
+
+def alternate(number: int) -> str:
+    """A number as C's ``%#x`` prints it."""
+    return f"{number:#x}" if number else "0"

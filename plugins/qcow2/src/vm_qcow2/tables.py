@@ -11,6 +11,7 @@ from collections import OrderedDict
 
 from .allocator import Allocator
 from .geometry import COPIED, L1_RESERVED, MAX_L1_BYTES, OFFSET_MASK
+from .overlap import ACTIVE_L2
 from .store import Store
 
 
@@ -128,7 +129,7 @@ class Tables:
         allocator = self.allocator
         assert allocator is not None
         self.store.file.event("l2_alloc_write")
-        cluster = allocator.allocate_metadata(1, "active L2 table")
+        cluster = allocator.allocate_metadata(1, ACTIVE_L2)
         offset = cluster << self.geometry.cluster_bits
         if table is None:
             empty = array("Q", bytes(self.geometry.cluster_size))

@@ -32,9 +32,7 @@ def check(header: Header, entries: array[int]) -> dict[str, Any]:
             messages.append(text)
     if allocated != header.blocks_allocated:
         errors += 1
-        messages.append(
-            f"ERROR: allocated blocks mismatch, is {allocated}, should be {header.blocks_allocated}"
-        )
+        messages.append(f"ERROR: allocated blocks mismatch, is {allocated}, should be {header.blocks_allocated}")
     found: dict[str, Any] = {"check-errors": 0, "messages": messages}
     if errors:
         found["corruptions"] = errors

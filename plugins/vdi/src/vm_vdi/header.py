@@ -97,9 +97,9 @@ def read_header(file: Node, name: str) -> Header:
         raise ImageError(
             name, f"the block map at {header.offset_bmap:#x} ({count} entries) reaches past the end of the file"
         )
-    if count and not SECTOR <= header.offset_bmap:
+    if count and header.offset_bmap < SECTOR:
         raise ImageError(name, f"the block map at {header.offset_bmap:#x} lies in the header")
-    if count and not end <= header.offset_data:
+    if count and end > header.offset_data:
         raise ImageError(name, f"the data at {header.offset_data:#x} begins before the block map's end at {end:#x}")
     return header
 

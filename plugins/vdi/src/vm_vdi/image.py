@@ -21,7 +21,7 @@ from vm_core.block.node import Node
 from vm_core.block.tables import dump, load, run_length, runs
 from vm_core.errors import ImageError
 
-from .header import SECTOR, STATIC, UNALLOCATED, ZERO, Header, read_header
+from .header import SECTOR, STATIC, ZERO, Header, read_header
 
 if TYPE_CHECKING:
     from vm_core.block.open import OpenContext
@@ -123,9 +123,7 @@ class Vdi(Format):
         if end >= self._known_end:
             self._known_end = max(self._known_end, self.file.size)
             if end >= self._known_end or last >= self.header.blocks_in_image:
-                raise self._error(
-                    f"block {last} of guest block {index + count - 1} lies outside the file, at {end:#x}"
-                )
+                raise self._error(f"block {last} of guest block {index + count - 1} lies outside the file, at {end:#x}")
         return self._data + number * self.cluster_size
 
     # Writing

@@ -20,8 +20,9 @@ from .job import Job
 from .source import SECTOR, Segment, Source, is_direct, read_segment, sectors_up
 from .zeroes import all_zero
 
-#: Bytes read of each image at a time.
-PIECE = 512 * 1024
+#: Bytes that a piece of work has at most, and bytes read of each image at a time: small buffers stay in the cache.
+PIECE = 2 * 1024 * 1024
+BUFFER = 512 * 1024
 SMALL = 4 * 1024 * 1024
 
 
@@ -89,13 +90,13 @@ class _Comparer:
     def _run(self, pieces: Iterator[_Piece], length: int) -> None:
         count = 1 if length <= SMALL else pipeline.worker_count(self.workers)
         pipeline.run(
-            pieces, self._compare, workers=count, make_state=lambda: (bytearray(PIECE), bytearray(PIECE))
+            pieces, self._compare, workers=count, make_state=lambda: (bytearray(BUFFER), bytearray(BUFFER))
         )
 
     # Planning
 
     def _pieces(self, start: int, end: int) -> Iterator[_Piece]:
-        walks = [_Walk(node, end) for node in self.nodes]
+        walks = [Walk(node, end) for node in self.nodes]
         offset = start
         while offset < end and self._found is None:
             one, two = (each.at(offset) for each in walks)
@@ -109,14 +110,14 @@ class _Comparer:
                 continue
             stop = offset + length
             while offset < stop and self._found is None:
-                count = min(PIECE - offset % PIECE, stop - offset)
+                count = min(PIECE, stop - offset)
                 yield _Piece(offset, count, (self._segment(0, one, offset, count), self._segment(1, two, offset, count)))
                 offset += count
 
     def _rest(self, longer: int, start: int) -> Iterator[_Piece]:
         """What the longer image has where the other one has ended."""
         end = self.sizes[longer]
-        walk_ = _Walk(self.nodes[longer], end)
+        walk_ = Walk(self.nodes[longer], end)
         offset = start
         while offset < end and self._found is None:
             extent = walk_.at(offset)
@@ -126,7 +127,7 @@ class _Comparer:
                 continue
             stop = min(extent.end, end)
             while offset < stop and self._found is None:
-                count = min(PIECE - offset % PIECE, stop - offset)
+                count = min(PIECE, stop - offset)
                 segment = self._segment(longer, extent, offset, count)
                 yield _Piece(offset, count, (segment, None) if longer == 0 else (None, segment))
                 offset += count
@@ -142,30 +143,36 @@ class _Comparer:
 
     def _compare(self, piece: _Piece, buffers: tuple[bytearray, bytearray]) -> None:
         self.job.check()
-        length = piece.length
+        for start in range(0, piece.length, BUFFER):
+            if not self._compare_part(piece, start, min(BUFFER, piece.length - start), buffers):
+                return
+        self.job.advance(piece.length)
+
+    def _compare_part(self, piece: _Piece, start: int, length: int, buffers: tuple[bytearray, bytearray]) -> bool:
+        """Compare *length* bytes from *start* of the piece on; False when something was found."""
         for side, (segment, buffer) in enumerate(zip(piece.sides, buffers, strict=True)):
-            if segment is not None:
-                try:
-                    with memoryview(buffer) as view:
-                        read_segment(segment, view)
-                except OSError as error:
-                    self._report(Difference("error", piece.offset, side, error))
-                    return
+            if segment is None:
+                continue
+            try:
+                with memoryview(buffer) as view:
+                    read_segment(segment.part(start, length), view)
+            except OSError as error:
+                self._report(Difference("error", piece.offset, side, error))
+                return False
         one, two = buffers
         if piece.sides[0] is None or piece.sides[1] is None:
             data = two if piece.sides[0] is None else one
-            if not all_zero(data, 0, length):
-                self._mismatch(piece, data, bytes(length))
-        elif one != two if length == PIECE else one[:length] != two[:length]:
-            self._mismatch(piece, one, two)
-        self.job.advance(length)
-
-    def _mismatch(self, piece: _Piece, one: bytearray, two: bytes | bytearray) -> None:
-        for start in range(0, piece.length, SECTOR):
-            stop = min(start + SECTOR, piece.length)
-            if one[start:stop] != two[start:stop]:
-                self._report(Difference("content", piece.offset + start))
-                return
+            if all_zero(data, 0, length):
+                return True
+            two, one = bytearray(length), data
+        elif one == two if length == BUFFER else one[:length] == two[:length]:
+            return True
+        for sector in range(0, length, SECTOR):
+            stop = min(sector + SECTOR, length)
+            if one[sector:stop] != two[sector:stop]:
+                self._report(Difference("content", piece.offset + start + sector))
+                break
+        return False
 
     def _report(self, difference: Difference) -> None:
         """Keep the earliest."""
@@ -174,14 +181,14 @@ class _Comparer:
                 self._found = difference
 
 
-class _Walk:
-    """The extents of an image, one after the other; past its end zeroes up to *end*."""
+class Walk:
+    """The extents of an image (None: nothing but zeroes), one after the other; past its end zeroes up to *end*."""
 
-    def __init__(self, node: Node, end: int) -> None:
-        self._node = node
+    def __init__(self, node: Node | None, end: int) -> None:
         self._end = end
-        self._extents = walk(node)
-        self._current = Extent(Kind.ZERO, 0, 0, None, -1, 0, node, False)
+        self._extents: Iterator[Extent] = iter(()) if node is None else walk(node)
+        self._nothing = Extent(Kind.ZERO, 0, 0, None, -1, 0, node, False)  # type: ignore[arg-type]
+        self._current = self._nothing
 
     def at(self, offset: int) -> Extent:
         """The extent at *offset*, which only moves forward."""
@@ -189,7 +196,7 @@ class _Walk:
             following = next(self._extents, None)
             if following is None:
                 start = self._current.end
-                following = Extent(Kind.ZERO, start, self._end - start, None, -1, 0, self._node, False)
+                following = self._nothing._replace(offset=start, length=max(self._end, offset + 1) - start)
             self._current = following
         return self._current
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
-from ...errors import BlockError, VmError
+from ...errors import VmError
 from ..file import FileProtocol
 from ..formatnode import FormatNode, WriteTicket
 from ..mapping import Kind
@@ -63,6 +63,8 @@ class ConvertOptions(NamedTuple):
     backing: int = -1
     #: The target is known to read as zeroes. None: found out.
     zero_init: bool | None = None
+    #: Data is searched for zeroes.
+    detect: bool = True
 
 
 def convert(
@@ -70,14 +72,15 @@ def convert(
     target: Node,
     options: ConvertOptions = ConvertOptions(),  # noqa: B008 - it never changes
     *,
+    base: Node | None = None,
     job: Job | None = None,
     warn: Warn | None = None,
 ) -> None:
     """Copy what *sources* hold, one behind the other, into *target*, which is at least as large.
 
-    *warn* is told what ``salvage`` gave up. Raises CopyError, Cancelled, BlockError.
+    With ``options.backing`` what only *base* (None: the backing image) and images below it hold is left alone. *warn* is told what ``salvage`` gave up. Raises CopyError, Cancelled, BlockError.
     """
-    _Conversion(Source(sources), target, options, job or Job(), warn or (lambda text: None)).run()
+    _Conversion(Source(sources, base), target, options, job or Job(), warn or (lambda text: None)).run()
 
 
 def reads_as_zeroes(target: Node) -> bool:
@@ -244,7 +247,7 @@ class _Conversion:
         """The parts of the request that are to be written, relative to it."""
         sparse = self.options.sparse
         length = request.length
-        if not sparse:
+        if not sparse or not self.options.detect:
             return [(0, length)]
         grain = 1 << sparse.bit_length() - 1
         if grain < SECTOR:

@@ -34,6 +34,11 @@ class Segment(NamedTuple):
     host: int
     special: Mapping | None = None
 
+    def part(self, start: int, length: int) -> Segment:
+        """*length* bytes from its byte *start* on, to the beginning of a buffer."""
+        special = self.special and self.special._replace(offset=self.special.offset + start, length=length)
+        return Segment(0, length, self.node, self.host + start, special)
+
 
 class Run(NamedTuple):
     """A run of guest bytes: DATA (read from *node* at *host*, or *special*), ZERO, or UNALLOCATED: leave it alone."""
@@ -64,8 +69,10 @@ def sectors_up(size: int) -> int:
 class Source:
     """Images behind each other."""
 
-    def __init__(self, nodes: Sequence[Node]) -> None:
+    def __init__(self, nodes: Sequence[Node], base: Node | None = None) -> None:
+        """*base*: what only this image of the chain and those below it hold is not looked at."""
         self.nodes = list(nodes)
+        self._base = base
         self.starts: list[int] = []
         position = 0
         for node in self.nodes:
@@ -81,7 +88,7 @@ class Source:
         it has none. Without *trust_zeroes* known zeroes are DATA.
         """
         for node, start in zip(self.nodes, self.starts, strict=True):
-            base = node.backing if backing >= 0 else None
+            base = self._base or (node.backing if backing >= 0 else None)
             straight = is_direct(node)
             for extent in walk(node, base=base):
                 if backing >= 0 and not extent.allocated:

@@ -153,9 +153,9 @@ class Tool:
         extra = None if self.peer else _EXTRA
         return Options(self, Getopt(args, short, long, exact=extra, program=self.command or self.program))
 
-    def error(self, text: str) -> None:
+    def error(self, text: str, *, end: str = "\n") -> None:
         """Print ``PROG: text`` on standard error."""
-        sys.stderr.write(f"{self.program}: {text}\n")
+        sys.stderr.write(f"{self.program}: {text}{end}")
 
     def warn(self, text: str) -> None:
         """Print ``PROG: warning: text`` on standard error."""

@@ -1,25 +1,54 @@
-"""``-o`` of the commands that make images: create options by name, checked against the format's descriptor."""
+"""``-o``: options by name, checked against the format's descriptor, and listed by ``-o help``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from ...errors import PluginError
-from ...options import split
-from .common import Exit, Failure, Tool
+from ...errors import PluginError, VmError
+from ...options import pieces, split
+from .common import Exit, Failure, Tool, reason
+
+if TYPE_CHECKING:
+    from ...descriptors import Option
+
+_HELP = ("help", "?")
+#: The width that an option and its type are padded to.
+_WIDTH = 22
+_SHAPES = {"size": "size", "bool": "bool (on/off)", "int": "num"}
 
 
 def find_format(tool: Tool, name: str) -> Any:
-    """The descriptor of the format *name*. Raises Failure with the peer's sentence."""
+    """The descriptor of the format *name*. Ends the run with the peer's sentence where there is none."""
     from ...plugins import find
 
     try:
         return find("format", name)
     except PluginError as error:
-        tool.error(f"Unknown file format '{name}'")
-        tool.hint(str(error))
-        raise Exit(1) from None
+        try:
+            return find("protocol", name)
+        except PluginError:
+            tool.error(f"Unknown file format '{name}'")
+            tool.hint(str(error))
+            raise Exit(1) from None
+
+
+def check_list(text: str) -> str:
+    """One argument of ``-o``. Raises Failure where commas stand at its ends."""
+    if not text or text.startswith(",") or _ends_open(text):
+        raise Failure(f"Invalid option list: {text}")
+    return text
+
+
+def _ends_open(text: str) -> bool:
+    commas = len(text) - len(text.rstrip(","))
+    return commas % 2 == 1
+
+
+def wants_help(texts: Sequence[str]) -> bool:
+    """Whether ``help`` or ``?`` is among the options."""
+    return any(piece in _HELP for text in texts for piece in pieces(text))
 
 
 def parse_options(
@@ -35,12 +64,10 @@ def parse_options(
     driver = find_format(tool, format)
     if "create" not in driver.capabilities:
         raise Failure(f"Format driver '{format}' does not support image creation")
-    known = {option.name for option in driver.create_options}
+    known = {option.name for option in _create_options(tool, format, target)}
     options: dict[str, Any] = {}
     for text in texts:
-        if not text or text.startswith(",") or (text.endswith(",") and not text.endswith(",,")):
-            raise Failure(f"Invalid option list: {text}")
-        options.update(split(text))
+        options.update(split(check_list(text)))
     for name in options:
         if name not in known and name != "size":
             raise Failure(f"Invalid parameter '{name}'")
@@ -55,14 +82,44 @@ def parse_options(
     return options
 
 
-def show_options(tool: Tool, format: str, target: str | None) -> None:
-    """``-o help``."""
+def _create_options(tool: Tool, format: str, target: str | None) -> list[Option]:
     driver = find_format(tool, format)
-    print(f"Supported {format} options:" if target is None else "Supported options:")
-    for option in sorted(driver.create_options, key=lambda one: one.name):
-        word = {"size": "size", "bool": "bool (on/off)", "int": "num"}.get(option.type, "str")
-        print(f"  {option.name + '=<' + word + '>':<23}- {option.help}")
+    if target is None:
+        return list(driver.create_options)
+    from ...block.create import create_options, find_drivers
+
+    try:
+        _, _, protocol, _ = find_drivers(target, format)
+    except VmError as error:
+        raise Failure(reason(error)) from error
+    return create_options(driver, protocol)
+
+
+def show_options(tool: Tool, format: str, target: str | None) -> None:
+    """``-o help``: what can be given when an image of *format* is made at *target* (None: not said). Ends the run."""
+    driver = find_format(tool, format)
+    if "create" not in driver.capabilities:
+        raise Failure(f"Format driver '{format}' does not support image creation")
+    options = _create_options(tool, format, target)
+    print("Supported options:" if target is not None else f"Supported {format} options:")
+    _print(options)
+    if target is None:
+        print("\nThe protocol level may support further options.\nSpecify the target filename to include those options.")
     raise Exit(0)
 
 
+def show_amend_options(tool: Tool, format: str) -> None:
+    """``amend -o help``. Ends the run."""
+    driver = find_format(tool, format)
+    options = getattr(driver, "amend_options", ())
+    if not options:
+        raise Failure(f"Format driver '{format}' does not support option amendment")
+    print(f"Amend options for '{format}':")
+    _print(options)
+    raise Exit(0)
 
+
+def _print(options: Iterable[Option]) -> None:
+    for option in sorted(options, key=lambda one: one.name):
+        shape = f"{option.name}=<{_SHAPES.get(option.type, 'str')}>"
+        sys.stdout.write(f"  {shape:<{_WIDTH}} - {option.help}\n")

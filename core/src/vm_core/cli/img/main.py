@@ -44,6 +44,9 @@ EXTRA: dict[str, str] = {
 
 _LONG = {"help": "h", "version": "V", "trace:": "T"}
 
+#: The release of QEMU whose command line this is.
+PEER_VERSION = "7.2.0"
+
 #: The status of a program that was interrupted, as shells give it for SIGINT.
 INTERRUPTED = 130
 
@@ -110,7 +113,7 @@ def _run(tool: Tool, words: list[str]) -> int:
             show(tool)
             return 0
         if key == "V":
-            _print_version(tool)
+            print(version_text(tool))
             return 0
         if key == "T":
             from .trace import accept
@@ -153,11 +156,13 @@ def _module(tool: Tool, name: str) -> ModuleType:
         raise
 
 
-def _print_version(tool: Tool) -> None:
+def version_text(tool: Tool) -> str:
+    """The line of ``--version``; called by the peer's name, the version whose behaviour this is."""
     from ...version import version
 
-    number = "7.2.0" if tool.peer else version()
-    print(f"{tool.program} version {number} (vm-core {version()})" if tool.peer else f"vm-img version {number}")
+    if tool.peer:
+        return f"{tool.program} version {PEER_VERSION} (vm-core {version()})"
+    return f"{tool.program} {version()}"
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def add(tool: Tool, text: str) -> None:
         raise Exit(0)
     if "id" not in properties:
         raise Failure("Parameter 'id' is missing")
-    from ...descriptors import load_reference
+    from ...references import load_reference
 
     try:
         make = load_reference(where)

@@ -167,11 +167,11 @@ def find(word: str) -> Command | None:
     return None
 
 
-def one_line(command: Command) -> str:
-    """A command's line in the list of all."""
+def one_line(command: Command, name: str = "") -> str:
+    """A command's line in the list of all; *name* is how it was asked for."""
     # The peer prints a blank more where its table has an empty string of arguments.
     arguments = f"{command.arguments} " if command.arguments else " " if command.name == "map" else ""
-    return f"{command.name} {arguments}-- {command.summary}\n"
+    return f"{name or command.name} {arguments}-- {command.summary}\n"
 
 
 def run(session: Session, line: str) -> int:

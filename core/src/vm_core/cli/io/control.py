@@ -10,7 +10,7 @@ from time import sleep as pause
 from typing import TYPE_CHECKING
 
 from ...errors import UsageError
-from .texts import BadNumberError, parse_size
+from .texts import BadNumberError, parse_c_number, parse_size
 
 if TYPE_CHECKING:
     from ...block.breakpoints import Breakpoints
@@ -53,14 +53,8 @@ def raise_signal(session: Session, words: Sequence[str]) -> int:
 
 def sleep(session: Session, words: Sequence[str]) -> int:
     """``sleep``: for milliseconds, while requests finish."""
-    word = words[1].lower()
-    try:
-        # As C reads a number with the base left open.
-        octal = len(word) > 1 and word[0] == "0" and word[1] != "x"
-        milliseconds = int(word, 8 if octal else 16 if word.startswith("0x") else 10)
-        if milliseconds < 0 or not word.isalnum():
-            raise ValueError(word)
-    except ValueError:
+    milliseconds = parse_c_number(words[1])
+    if milliseconds is None or milliseconds < 0:
         session.out.write(f"{words[1]} is not a valid number\n")
         return 1
     if session.busy:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .commands import Command
     from .session import Session
 
 USAGE = """\
@@ -232,13 +231,6 @@ def run(session: Session, words: Sequence[str]) -> int:
     if found is None:
         session.out.write(f"command {words[1]} not found\n")
         return 1
-    long(session, found)
+    session.out.write(one_line(found, words[1]))
+    session.out.write(LONG.get(found.name, ""))
     return 0
-
-
-def long(session: Session, command: Command) -> None:
-    """One command's line and what more there is to say."""
-    from .commands import one_line
-
-    session.out.write(one_line(command))
-    session.out.write(LONG.get(command.name, ""))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TextIO
+from io import TextIOWrapper
 
 from ...errors import VmError
 from ..img.common import Exit, reason
@@ -47,9 +47,12 @@ def main(words: Sequence[str] | None = None, path: str | None = None) -> int:
     if path is None:
         path = sys.argv[0] or "vm-io"
     out = sys.stdout
-    if isinstance(out, TextIO) or hasattr(out, "reconfigure"):
-        out.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
-        sys.stderr.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+    for stream in (out, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")
+    if isinstance(out, TextIOWrapper):
+        # Buffered as the peer's, so that both streams mix in the same order.
+        out.reconfigure(write_through=False, line_buffering=out.isatty())
     session = Session(os.path.basename(path), path, out)
     try:
         code = _run(session, list(sys.argv[1:] if words is None else words))

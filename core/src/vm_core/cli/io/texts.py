@@ -35,6 +35,20 @@ def parse_size(text: str, program: str) -> int:
     return value
 
 
+def parse_c_number(text: str) -> int | None:
+    """A whole number as C reads it when the base is left open: 10, 012, 0xa, with a sign; None for no number."""
+    word = text.lstrip(" \t\n\v\f\r").lower()
+    sign = -1 if word[:1] == "-" else 1
+    word = word[1:] if word[:1] in ("+", "-") else word
+    base = 16 if word.startswith("0x") else 8 if word.startswith("0") else 10
+    if not word.isascii() or not word.isalnum():
+        return None
+    try:
+        return sign * int(word, base)
+    except ValueError:
+        return 0 if word == "0" else None
+
+
 def human(value: float) -> str:
     """A number of bytes: ``512 bytes``, ``1.500 KiB``, ``64 KiB``."""
     if value < 1024:

@@ -13,7 +13,7 @@ from ...errors import BlockError, ImageError, UsageError, VmError
 from ..img.common import reason
 from .commands import usage
 from .getopt import WRONG, Getopt
-from .texts import MAX_REQUEST, BadNumberError, dump, parse_size, report
+from .texts import MAX_REQUEST, BadNumberError, dump, parse_c_number, parse_size, report
 
 if TYPE_CHECKING:
     from ...block.node import Node
@@ -41,17 +41,8 @@ def _number(session: Session, text: str) -> int:
 
 def _pattern(text: str) -> int:
     """The byte that ``-P`` names: decimal, octal or hexadecimal, as in C."""
-    word = text.lower()
-    try:
-        if word.startswith("0x"):
-            value = int(word, 16)
-        elif len(word) > 1 and word[0] == "0":
-            value = int(word, 8)
-        else:
-            value = int(word)
-    except ValueError:
-        value = -1
-    if not 0 <= value <= 255 or not word.isalnum():
+    value = parse_c_number(text)
+    if value is None or not 0 <= value <= 255:
         raise _Wrong(f"{text} is not a valid pattern byte")
     return value
 
@@ -374,8 +365,7 @@ def write(session: Session, words: Sequence[str]) -> int:
     offset = _number(session, scan.rest[0])
     length = _number(session, scan.rest[1])
     if length > MAX_REQUEST and "n" not in flags:
-        without = " without -n" if "z" in flags else ""
-        raise _Wrong(f"length cannot exceed {MAX_REQUEST}{without}, given {scan.rest[1]}")
+        raise _Wrong(f"length cannot exceed {MAX_REQUEST} without -n, given {scan.rest[1]}")
     if flags & {"b", "c"}:
         _whole_sectors(offset, length)
     node, fua = session.image, "f" in flags

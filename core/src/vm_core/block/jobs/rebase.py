@@ -1,0 +1,193 @@
+"""Rebase: give an image another backing image without changing what it holds.
+
+What the image does not hold itself is read from both the former and the new backing chain; where they differ, the
+former bytes are written into the image. Extents of both chains are planned side by side: where both are known to be
+zero, or both lie at one place of one file, nothing is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ..extents import Extent, walk
+from ..formatnode import FormatNode
+from ..mapping import Kind
+from ..node import Node
+from . import pipeline
+from .compare import SMALL, Walk
+from .convert import CopyError
+from .job import Job
+from .source import SECTOR, Segment, Source, is_direct, read_segment
+
+#: Bytes compared and written at a time.
+PIECE = 2 * 1024 * 1024
+
+
+def rebase(
+    image: FormatNode,
+    new: Node | None,
+    *,
+    compressed: bool = False,
+    job: Job | None = None,
+    workers: int = 8,
+) -> None:
+    """Write into *image* what would change if *new* (None: nothing) were its backing image.
+
+    Its header is left alone: see :meth:`Format.change_backing`. With *compressed* whole clusters are written, encoded.
+    Raises CopyError, Cancelled.
+    """
+    _Rebase(image, new, compressed, job or Job(), workers).run()
+
+
+class _Piece(NamedTuple):
+    number: int
+    offset: int
+    length: int
+    old: Segment | None
+    new: Segment | None
+
+
+class _Rebase:
+    def __init__(self, image: FormatNode, new: Node | None, compressed: bool, job: Job, workers: int) -> None:
+        self.image = image
+        self.old = image.backing
+        self.new = new
+        self.compressed = compressed
+        self.job = job
+        self.workers = workers
+        self.turns = pipeline.Turns()
+
+    def run(self) -> None:
+        size = self.image.size
+        self.job.start(size)
+        workers = 1 if size <= SMALL else pipeline.worker_count(self.workers)
+        pipeline.run(
+            self._pieces(),
+            self._work,
+            workers=workers,
+            make_state=lambda: (bytearray(PIECE), bytearray(PIECE)),
+            turns=self.turns,
+        )
+        self.job.finish()
+
+    # Planning
+
+    def _pieces(self) -> Iterator[_Piece]:
+        """What is not in the image and may differ."""
+        old, new = self._walk(self.old), self._walk(self.new)
+        number = done = 0
+        for offset, end in self._missing():
+            while offset < end:
+                one, two = old.at(offset), new.at(offset)
+                stop = min(end, one.end, two.end)
+                if not _same(one, two):
+                    # Pieces end at clusters, so that one is written by one piece.
+                    stop = min(stop, offset + PIECE - offset % PIECE)
+                    if self.compressed:
+                        stop = self._cluster_end(offset, end)
+                    self.job.advance(offset - done)
+                    done = offset
+                    yield _Piece(
+                        number,
+                        offset,
+                        stop - offset,
+                        self._segment(self.old, one, offset, stop),
+                        self._segment(self.new, two, offset, stop),
+                    )
+                    number += 1
+                offset = stop
+
+    def _cluster_end(self, offset: int, end: int) -> int:
+        """Where a piece of whole clusters from *offset* on ends."""
+        cluster = self.image.cluster_size
+        return min(end, offset - offset % cluster + max(cluster, PIECE // cluster * cluster))
+
+    def _missing(self) -> Iterator[tuple[int, int]]:
+        """The (start, end) of what the image leaves to its backing image."""
+        image = self.image
+        for extent in walk(image, base=image.backing):
+            if not extent.allocated:
+                yield extent.offset, extent.end
+
+    def _walk(self, node: Node | None) -> Walk:
+        return Walk(node, self.image.size)
+
+    def _segment(self, node: Node | None, extent: Extent, offset: int, stop: int) -> Segment | None:
+        if self.compressed and node is not None and stop > extent.end:
+            return Segment(0, stop - offset, node, offset)
+        if extent.kind is Kind.ZERO or node is None:
+            return None
+        if not is_direct(node):
+            return Segment(0, stop - offset, node, offset)
+        return Source.segment(extent, offset, stop - offset)
+
+    # Working
+
+    def _work(self, piece: _Piece, buffers: tuple[bytearray, bytearray]) -> None:
+        self.job.check()
+        length = piece.length
+        for buffer, segment in zip(buffers, (piece.old, piece.new), strict=True):
+            if length > len(buffer):
+                buffer.extend(bytes(length - len(buffer)))
+            with memoryview(buffer) as view:
+                try:
+                    read_segment(segment or Segment(0, length, None, -1), view)
+                except OSError as error:
+                    raise CopyError("reading", piece.offset, error) from None
+        old, new = buffers
+        runs = _differing(old, new, length)
+        self.turns.wait(piece.number)
+        if runs:
+            self.job.throttle(length)
+            try:
+                self._write(piece, old, runs)
+            except OSError as error:
+                raise CopyError("writing", piece.offset, error) from None
+        self.turns.done()
+
+    def _write(self, piece: _Piece, data: bytearray, runs: list[tuple[int, int]]) -> None:
+        image = self.image
+        with memoryview(data) as view:
+            if not self.compressed:
+                for start, end in runs:
+                    image.write(piece.offset + start, (view[start:end],))
+                return
+            cluster = image.cluster_size
+            for start in range(0, piece.length, cluster):
+                stop = min(start + cluster, piece.length)
+                if any(begin < stop and start < end for begin, end in runs):
+                    image.write_compressed(piece.offset + start, (view[start:stop],))
+
+
+def _same(one: Extent, two: Extent) -> bool:
+    """Whether two runs are known to hold the same bytes, wherever they begin to overlap."""
+    if one.kind is Kind.ZERO or two.kind is Kind.ZERO:
+        return one.kind is two.kind
+    if one.kind is not two.kind or one.storage is None or two.storage is None:
+        return False
+    mark = one.storage.identity()
+    if mark is None or mark != two.storage.identity():
+        return False
+    if one.kind is Kind.SPECIAL:
+        return False
+    return one.host - one.offset == two.host - two.offset and one.owner.driver == two.owner.driver
+
+
+def _differing(old: bytearray, new: bytearray, length: int) -> list[tuple[int, int]]:
+    """The (start, end) of runs of sectors in which the first *length* bytes differ."""
+    if old[:length] == new[:length] if length != len(old) or len(old) != len(new) else old == new:
+        return []
+    runs: list[tuple[int, int]] = []
+    step = 64 * SECTOR
+    for block in range(0, length, step):
+        if old[block : min(block + step, length)] == new[block : min(block + step, length)]:
+            continue
+        for start in range(block, min(block + step, length), SECTOR):
+            end = min(start + SECTOR, length)
+            if old[start:end] != new[start:end]:
+                if runs and runs[-1][1] == start:
+                    runs[-1] = (runs[-1][0], end)
+                else:
+                    runs.append((start, end))
+    return runs

@@ -1,0 +1,69 @@
+"""What an open image is called.
+
+An image that is what its storage's name says is called by that name. Where options made it another image (a window of a
+file, a fault injected below it, another backing image), only ``json:`` and all that defines it names it, in the form
+that opens it again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .filter import Filter
+from .node import Node, Protocol
+
+if TYPE_CHECKING:
+    from ..descriptors import Descriptor
+
+
+def defining(options: dict[str, Any], descriptor: Descriptor | None) -> dict[str, Any]:
+    """Those of *options* that make the image another one, with dotted keys."""
+    if not options:
+        return {}
+    known = () if descriptor is None else descriptor.options
+    wanted = {option.name for option in known if option.defining}
+    return _flat({key: value for key, value in options.items() if key in wanted}) if wanted else {}
+
+
+def call(node: Node, driver: str, given: dict[str, Any]) -> None:
+    """Name *node*, of *driver*, that was opened with the defining options *given*."""
+    full = {"driver": driver, **given}
+    children = node.children()
+    for role, child in children.items():
+        if role != "backing":
+            full[role] = child.full_options
+    node.full_options = full
+    below = children.get("file")
+    if isinstance(node, Filter):
+        # A filter that has a name of its own form has given it to itself.
+        plain = below is not None and node.filename != below.filename
+    else:
+        plain = not given and isinstance(below, Protocol) and not below.filename.startswith("json:")
+    if not plain and below is not None:
+        node.filename = json_name(full)
+
+
+def call_with_backing(node: Node) -> None:
+    """Name *node* again: the user put another backing image below it than it records."""
+    below = node.backing
+    node.full_options = {**node.full_options, "backing": None if below is None else below.full_options}
+    node.filename = json_name(node.full_options)
+
+
+def json_name(options: dict[str, Any]) -> str:
+    """``json:`` and *options*."""
+    from ..jsontext import compact
+
+    return "json:" + compact(options)
+
+
+def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in options.items():
+        if isinstance(value, list):
+            value = {str(number): each for number, each in enumerate(value)}
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        elif not isinstance(value, Node):
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,191 @@
+"""``map``: where an image's bytes are."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from ...jsontext import quote
+from .common import Failure, Tool
+
+if TYPE_CHECKING:
+    from ...block.node import Node
+
+_LONG = {
+    "help": "h",
+    "format:": "f",
+    "output:": "output",
+    "object:": "object",
+    "image-opts": "image-opts",
+    "force-share": "U",
+    "start-offset:": "s",
+    "max-length:": "l",
+}
+
+
+class Entry(NamedTuple):
+    """QEMU's MapEntry. *host* is -1 where there is none; *file* names what it is in."""
+
+    start: int
+    length: int
+    depth: int
+    present: bool
+    zero: bool
+    data: bool
+    host: int
+    file: str
+
+
+def run(args: list[str], tool: Tool) -> int:
+    """``map [-f FMT] [--start-offset=N] [--max-length=N] [--output=OFMT] [-U] FILE``."""
+    format, image_opts, share, output, start, limit = None, False, False, None, 0, -1
+    options = tool.options(args, "f:s:l:hU", _LONG)
+    for key, value in options:
+        if key == "f":
+            format = value
+        elif key == "U":
+            share = True
+        elif key == "output":
+            output = value
+        elif key == "s":
+            start = tool.size(value, "start offset")
+        elif key == "l":
+            limit = tool.size(value, "max length")
+        elif key == "object":
+            tool.add_object(value)
+        elif key == "image-opts":
+            image_opts = True
+    if len(options.rest) != 1:
+        tool.usage("Expecting one image file name")
+    as_json = tool.output(output) if output is not None else False
+    with tool.open(options.rest[0], image_opts=image_opts, format=format, share=share) as node:
+        if not as_json:
+            print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
+        end = -(-node.size // 512) * 512
+        if limit >= 0:
+            end = min(end, start + limit)
+        if as_json:
+            _print_json(entries(node, start, end))
+        else:
+            _print(entries(node, start, end))
+    return 0
+
+
+def _print(found: Iterator[Entry]) -> None:
+    for one in found:
+        if one.data and one.host < 0:
+            raise Failure("File contains external, encrypted or compressed clusters.")
+        if one.data and not one.zero:
+            sys.stdout.write(f"{_hex(one.start):<16}{_hex(one.length):<16}{_hex(one.host):<16}{one.file}\n")
+
+
+def _hex(number: int) -> str:
+    return f"{number:#x}" if number else "0"
+
+
+def _print_json(found: Iterator[Entry]) -> None:
+    words = ("false", "true")
+    separator = "["
+    for one in found:
+        offset = f', "offset": {one.host}' if one.host >= 0 else ""
+        sys.stdout.write(
+            f'{separator}{{ "start": {one.start}, "length": {one.length}, "depth": {one.depth}, '
+            f'"present": {words[one.present]}, "zero": {words[one.zero]}, "data": {words[one.data]}{offset}}}'
+        )
+        separator = ",\n"
+    sys.stdout.write("]\n")
+
+
+def entries(node: Node, start: int, end: int) -> Iterator[Entry]:
+    """The map of the range, neighbours that go on in each other joined."""
+    pending: Entry | None = None
+    for one in _resolve(node, start, end, 0):
+        if pending is not None and _joins(pending, one):
+            pending = pending._replace(length=pending.length + one.length)
+            continue
+        if pending is not None:
+            yield pending
+        pending = one
+    if pending is None:
+        pending = Entry(start, 0, 0, False, False, False, -1, "")
+    yield pending
+
+
+def _joins(one: Entry, two: Entry) -> bool:
+    return (
+        one[2:6] == two[2:6]
+        and one.file == two.file
+        and (two.host < 0 if one.host < 0 else one.host + one.length == two.host)
+    )
+
+
+def _resolve(node: Node, start: int, end: int, depth: int) -> Iterator[Entry]:
+    """Entries of the range, from *node* and what is below it."""
+    from ...block.mapping import Kind
+
+    below = node.backing
+    below_end = -(-below.size // 512) * 512 if below is not None else 0
+    stop = min(end, node.size)
+    position = start
+    if start < stop:
+        for run in node.map(start, stop - start):
+            length = run.length
+            position = run.offset + length
+            if position == node.size and position < end:
+                # The last sector counts whole.
+                length = min(end, -(-position // 512) * 512) - run.offset
+                position = run.offset + length
+            kind = run.kind
+            if kind is Kind.DATA or kind is Kind.SPECIAL:
+                host, file, zero = -1, "", False
+                if kind is Kind.DATA and run.storage is not None:
+                    yield from _stored(run.storage, node, run.offset, length, run.host, depth)
+                    continue
+                yield Entry(run.offset, length, depth, True, zero, True, host, file)
+            elif kind is Kind.ZERO:
+                host = run.host if run.storage is not None else -1
+                name = run.storage.filename if run.storage is not None and host >= 0 else ""
+                yield Entry(run.offset, length, depth, True, True, False, host, name)
+            elif below is None:
+                yield Entry(run.offset, length, depth, False, True, False, -1, "")
+            else:
+                inside = max(0, min(length, below_end - run.offset))
+                if inside:
+                    yield from _resolve(below, run.offset, run.offset + inside, depth + 1)
+                if inside < length:
+                    yield Entry(run.offset + inside, length - inside, depth, False, True, False, -1, "")
+    if position < end and position >= start:
+        yield Entry(position, end - position, depth, True, True, False, -1, "")
+
+
+def _stored(storage: Node, owner: Node, offset: int, length: int, host: int, depth: int) -> Iterator[Entry]:
+    """DATA of *owner*: in place, or for raw images and filters what the storage says."""
+    from ...block.mapping import Kind
+
+    if not owner.transparent:
+        while storage.transparent:
+            inner = next(iter(storage.map(host, length)), None)
+            if inner is None or inner.storage is None or inner.length < length:
+                break
+            storage, host = inner.storage, inner.host
+        yield Entry(offset, length, depth, True, False, True, host, storage.filename)
+        return
+    delta = offset - host
+    for one in _resolve(storage, host, host + length, depth) if storage.transparent or storage.backing else ():
+        yield one._replace(start=one.start + delta)
+    if storage.transparent or storage.backing:
+        return
+    for run in storage.map(host, length):
+        span = run.length
+        if run.offset + span >= storage.size:
+            span = host + length - run.offset
+        if run.kind is Kind.DATA:
+            yield Entry(run.offset + delta, span, depth, True, False, True, run.offset, storage.filename)
+        elif run.kind is Kind.SPECIAL:
+            yield Entry(run.offset + delta, span, depth, True, False, True, -1, "")
+        elif run.kind is Kind.UNALLOCATED:
+            yield Entry(run.offset + delta, span, depth, False, True, False, -1, "")
+        elif run.kind is not Kind.EOF:
+            place = run.offset if storage.backing is None else -1
+            yield Entry(run.offset + delta, span, depth, True, True, False, place, storage.filename)
