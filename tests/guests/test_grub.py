@@ -27,10 +27,10 @@ def prompt_and_list(guest: Guest, device: str, expected: str) -> None:
     """Reach GRUB's prompt, list the boot device and see *expected* there."""
     guest.expect(r"highlighted entry", 90)
     guest.send("c")
-    guest.expect(r"grub> ", 30)
+    guest.expect(r"grub>", 30)
     guest.send(f"ls {device}\r")
     guest.expect(expected, 30)
-    guest.expect(r"grub> ", 30)
+    guest.expect(r"grub>", 30)
 
 
 def test_iso_boots_from_an_ide_cdrom() -> None:
@@ -50,4 +50,14 @@ def test_qcow2_boots_from_virtio_blk(usb_qcow2: Path, mode: str) -> None:
     """The rescue USB image in a qcow2 file boots from virtio-blk with either PCI interface."""
     device = "virtio-blk-pci,drive=d" + (",disable-legacy=on" if mode == "modern" else "")
     with Guest(*UNICORN, "-drive", f"file={usb_qcow2},format=qcow2,if=none,id=d", "-device", device) as guest:
+        prompt_and_list(guest, "(hd0)/", r"boot/")
+
+
+@pytest.mark.parametrize("format", ["qed", "vmdk", "vpc", "vhdx", "vdi", "parallels", "qcow"])
+def test_every_format_boots(tmp_path: Path, format: str) -> None:
+    """The rescue USB image, converted by qemu-img to another format, boots from virtio-blk."""
+    target = tmp_path / f"usb.{format}"
+    source = media(USB, "grub-rescue-pc")
+    run(program("qemu-img", "qemu-utils"), "convert", "-f", "raw", "-O", format, source, target)
+    with Guest(*UNICORN, "-drive", f"file={target},format={format},if=virtio") as guest:
         prompt_and_list(guest, "(hd0)/", r"boot/")

@@ -38,6 +38,7 @@ class Filter(Node):
         self.filename = file.filename
         self.readonly = file.readonly
         self.request_alignment = file.request_alignment
+        self.watched = file.watched
         self._owned = owned
         self._closed = False
 

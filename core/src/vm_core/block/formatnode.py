@@ -121,6 +121,9 @@ class FormatNode(ImageNode):
         self.cluster_size = format.cluster_size
         self.request_alignment = format.file.request_alignment
         self.transparent = format.transparent
+        self.watched = format.file.watched
+        #: Told what is done next, where somebody looks at that.
+        self._watch = format.file.event if self.watched else None
         #: Closes the driver and opens the image anew with changed options; also gives what was wrong with them.
         self.remake: Callable[[Format, dict[str, Any]], tuple[Format, Exception | None]] | None = None
         self._backing = backing
@@ -186,6 +189,8 @@ class FormatNode(ImageNode):
                 self._ranges.drop(ticket)
                 raise
         try:
+            if self._watch is not None:
+                self._tell_reads(runs)
             if len(runs) == 1 and runs[0].kind is Kind.DATA:
                 storage = runs[0].storage
                 assert storage is not None
@@ -195,6 +200,17 @@ class FormatNode(ImageNode):
         finally:
             with mutex:
                 self._ranges.drop(ticket)
+
+    def _tell_reads(self, runs: Sequence[Mapping]) -> None:
+        """Tell the storage what reading *runs* will come to."""
+        assert self._watch is not None
+        for run in runs:
+            if run.kind is Kind.DATA:
+                self._watch("read_aio")
+            elif run.kind is Kind.SPECIAL:
+                self._watch("read_compressed")
+            elif run.kind is Kind.UNALLOCATED and self._backing is not None:
+                self._watch("read_backing_aio")
 
     def read_nowait(self, offset: int, buffers: Sequence[Buffer]) -> bool:
         length = total(buffers)
@@ -240,6 +256,12 @@ class FormatNode(ImageNode):
                 runs = [run for offset, length in ranges for run in self.format.map(offset, length)]
             except BaseException:
                 self._ranges.drop(ticket)
+                raise
+        if self._watch is not None:
+            try:
+                self._tell_reads(runs)
+            except BaseException:
+                self._ranges.release(ticket)
                 raise
         return self, ticket, runs
 
@@ -341,6 +363,8 @@ class FormatNode(ImageNode):
         try:
             for run in runs:
                 assert run.storage is not None
+                if self._watch is not None:
+                    self._watch("write_aio")
                 run.storage.write(run.host, cut(buffers, run.offset - offset, run.length))
         finally:
             ranges.release(ticket)
@@ -505,6 +529,14 @@ class FormatNode(ImageNode):
             tail = self._former_bytes(finish, end - finish, last)
             if tail is not None:
                 vector.extend(tail)
+            elif last.host + last.length > last.storage.size:
+                # A file never ends within a cluster: others look at its length.
+                if self._watch is not None:
+                    self._watch("cluster_alloc_space")
+                rest = end - finish
+                last.storage.zero(last.host + last.length - rest, rest)
+        if self._watch is not None:
+            self._watch("write_aio")
         first.storage.write(host, vector)
 
     def _former_bytes(self, offset: int, length: int, target: Allocation) -> list[Buffer] | None:
@@ -526,6 +558,8 @@ class FormatNode(ImageNode):
                     return None
                 return zero_views(length)
             data = memoryview(bytearray(length))
+            if self._watch is not None:
+                self._watch("cow_read")
             for step in steps:
                 piece = [data[step.offset - offset : step.offset - offset + step.length]]
                 if step.special is not None:
@@ -685,6 +719,9 @@ class FormatNode(ImageNode):
     def flush(self) -> None:
         if self.readonly:
             return
+        if self._watch is not None:
+            self._watch("flush_to_os")
+            self._watch("flush_to_disk")
         self.format.file.flush()
         for node in self.format.children().values():
             node.flush()

@@ -42,6 +42,8 @@ class Node(ABC):
     #: Filters and raw images: every run of :meth:`map` is DATA of one child at a constant distance, so that walks go
     #: on in that child.
     transparent: bool = False
+    #: Somebody below looks at events, so they must be told.
+    watched: bool = False
     #: Where requests may be stopped, on nodes that offer it.
     breakpoints: Breakpoints | None = None
 

@@ -10,7 +10,7 @@ would probe as something else fail with EPERM, as they do in QEMU; naming the fo
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Mapping as Dict
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,8 @@ class RawNode(ImageNode):
         self.filename = file.filename
         self.readonly = file.readonly if readonly is None else readonly or file.readonly
         self.request_alignment = file.request_alignment
+        self.watched = file.watched
+        self._watch = file.event if file.watched else None
         self.offset = offset
         self._window = size
         self._guess: Guess | None = None
@@ -88,6 +90,11 @@ class RawNode(ImageNode):
         if preallocation != "off" and size:
             file.reserve(0, size, full=preallocation == "full")
 
+    @classmethod
+    def measure(cls, size: int, data: Iterable[tuple[int, int]], options: dict[str, Any]) -> dict[str, int]:
+        """QEMU's BlockMeasureInfo: every byte counts, whether it is written or not."""
+        return {"required": size, "fully-allocated": size}
+
     def guard(self, guess: Guess) -> None:
         """Refuse writes after which *guess* would not say ``raw``."""
         self._guess = guess
@@ -110,6 +117,8 @@ class RawNode(ImageNode):
                 buffers = cut(buffers, 0, inside)
                 if not inside:
                     return
+        if self._watch is not None:
+            self._watch("read_aio")
         self.file.read(self.offset + offset, buffers)
 
     def read_nowait(self, offset: int, buffers: Sequence[Buffer]) -> bool:
@@ -120,6 +129,8 @@ class RawNode(ImageNode):
     def _write(self, offset: int, length: int, buffers: Sequence[Buffer], fua: bool) -> None:
         if self._guess is not None:
             self._check_guard(offset, length, buffers)
+        if self._watch is not None:
+            self._watch("write_aio")
         self.file.write(self.offset + offset, buffers, fua=fua)
 
     def _check_guard(self, offset: int, length: int, buffers: Sequence[Buffer]) -> None:
@@ -148,6 +159,9 @@ class RawNode(ImageNode):
 
     def flush(self) -> None:
         if not self.readonly:
+            if self._watch is not None:
+                self._watch("flush_to_os")
+                self._watch("flush_to_disk")
             self.file.flush()
 
     def map(self, offset: int, length: int) -> Iterator[Mapping]:

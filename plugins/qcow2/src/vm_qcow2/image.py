@@ -8,33 +8,33 @@ what reaches the disk is the business of ``order.py``.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vm_core.block.format import BackingReference, Format
 from vm_core.block.mapping import Allocation, Kind, Mapping
 from vm_core.block.node import Node
-from vm_core.errors import ImageError, UsageError
+from vm_core.block.notices import notice
+from vm_core.errors import ImageError
 
-from . import extensions, features, geometry
+from . import extensions, features, overlap
 from .allocator import Allocator
 from .compression import TYPES, DecompressError, decoder, encoder
-from .entries import BadEntryError, Run, State, run_length, runs, subruns
-from .header import Header, human, read_header
+from .entries import Run, State, all_runs, run_length
+from .entries import damage as describe_damage
+from .header import MAX_BACKING_NAME, Header, human, read_header
 from .order import Order
 from .overlap import MetadataMap
 from .refcounts import Refcounts
-from .snapshots import SnapshotTable, read_snapshots
-from .store import Store
+from .runtime import take
+from .snapshots import SnapshotTable, check_place, read_snapshots
+from .store import Store, alternate, swap
 from .tables import L2Table, Tables
 
 if TYPE_CHECKING:
     from vm_core.block.open import OpenContext
 
     from .writing import Writer
-
-L2_CACHE_BYTES = 32 << 20
-REFCOUNT_CACHE_BYTES = 4 << 20
 
 #: Incompatible features that are understood.
 SUPPORTED = (
@@ -53,7 +53,15 @@ _KINDS = {
     State.DATA: Kind.DATA,
     State.COMPRESSED: Kind.SPECIAL,
     State.UNALLOCATED_ALLOCATED: Kind.UNALLOCATED,
+    State.BAD: Kind.SPECIAL,
 }
+
+
+class Damage(NamedTuple):
+    """What the map says of an L2 entry that means nothing: the table, and which entry."""
+
+    table: L2Table
+    index: int
 
 
 class Qcow2(Format):
@@ -65,23 +73,22 @@ class Qcow2(Format):
         name: str,
         *,
         readonly: bool,
-        lazy: bool | None = None,
-        l2_cache: int = L2_CACHE_BYTES,
-        refcount_cache: int = REFCOUNT_CACHE_BYTES,
-        pass_discard: bool = True,
-        data: Node | None = None,
+        check: bool = False,
+        options: dict[str, Any] | None = None,
+        open_data: Callable[[str | None], Node] | None = None,
     ) -> None:
-        """Read and check the metadata; for writing also repair what a crash left. Raises ImageError."""
+        """Read and check the metadata; for writing also repair what a crash left. Raises ImageError, UsageError.
+
+        With *check* the image is opened to be checked or repaired, whatever marks it has. *options* are those of
+        ``runtime.py``, and are popped. *open_data* opens the data file: the user's, or the one of this name.
+        """
         header = read_header(file, name)
         self.file = file
         self.readonly = readonly
         self.header = header
-        self.extensions = extensions.read_extensions(file, header, name)
-        _check_features(header, self.extensions, name)
-        if header.incompatible_features & features.CORRUPT and not readonly:
-            raise ImageError(name, "the image is marked as corrupt: it can only be opened read-only, or repaired")
-        self.backing_reference = _backing_reference(file, header, self.extensions)
+        self.extensions = _check_features(file, header, name, refuse_corrupt=not readonly and not check)
         self.store = store = Store(file, header, name)
+        store.readonly = readonly
         self.geometry = store.geometry
         self.cluster_size = store.geometry.cluster_size
         self._cluster_bits = store.geometry.cluster_bits
@@ -93,76 +100,112 @@ class Qcow2(Format):
         self._decode = decoder(header.compression_type)
         self._encode = encoder(header.compression_type)
         self._writer: Writer | None = None
+        self.metadata = MetadataMap(store)
+        self.refcounts = Refcounts(store, check=check)
+        if not check:
+            check_place(store, header.nb_snapshots)
+        self.allocator = Allocator(store, self.refcounts, self.metadata)
+        self.tables = Tables(store, self.allocator)
+        self.runtime = runtime = take({} if options is None else options, header, self.geometry)
+        self.refcounts.limit(runtime.refcount_cache)
+        self.tables.limit(runtime.l2_cache)
+        self.metadata.checks = runtime.checks
         #: Where guest data is: the image itself, or the external data file.
-        self.data: Node = data or file
+        self.data: Node = self._open_data(open_data)
         #: The data file must stay readable as a raw image.
         self.raw_data = self._external and bool(header.autoclear_features & features.RAW_DATA_FILE)
-        self.metadata = MetadataMap(store)
-        self.refcounts = Refcounts(store, refcount_cache)
-        self.snapshot_table: SnapshotTable = read_snapshots(store)
-        self.allocator = Allocator(store, self.refcounts, self.metadata)
-        self.tables = Tables(store, self.allocator, l2_cache)
+        self.backing_reference = _backing_reference(file, header, self.extensions, name)
+        # A check reads the table of snapshots itself, and mends it.
+        self.snapshot_table: SnapshotTable = SnapshotTable() if check else read_snapshots(store)
         self._register_tables()
-        if lazy is None:
-            lazy = bool(header.compatible_features & features.LAZY_REFCOUNTS)
-        if lazy and header.version < 3:
-            raise UsageError("lazy-refcounts=on needs an image of version 3 (compat=1.1)")
-        self.order = Order(store, self.tables, self.refcounts, self.allocator, lazy=lazy)
-        self.order.pass_discard = pass_discard
+        self.order = Order(store, self.tables, self.refcounts, self.allocator, lazy=runtime.lazy)
+        self.order.pass_discard = runtime.discard_request
+        self.order.pass_discard_snapshot = runtime.discard_snapshot
+        self.order.pass_discard_other = runtime.discard_other
         #: Host offsets below this are known to lie in the file.
         self._known_end = file.size
         if not readonly:
-            self._prepare_writing()
+            self._prepare_writing(check)
 
     @classmethod
     def open(cls, file: Node, options: dict[str, Any], context: OpenContext) -> Qcow2:
         snapshot = {word: options.pop(f"snapshot.{word}", None) for word in ("id", "name")}
-        pass_discard_snapshot = options.pop("pass-discard-snapshot", True)
+        explicit = context.explicit("data-file")
+
+        def open_data(name: str | None) -> Node:
+            if name is None and not explicit:
+                raise ImageError(context.filename or file.filename, "'data-file' is required for this image")
+            return context.open_child("data-file", name, storage=True)
+
         image = cls(
             file,
             context.filename or file.filename,
             readonly=context.readonly,
-            lazy=options.pop("lazy-refcounts", None),
-            l2_cache=options.pop("l2-cache-size", None) or L2_CACHE_BYTES,
-            refcount_cache=options.pop("refcount-cache-size", None) or REFCOUNT_CACHE_BYTES,
-            pass_discard=options.pop("pass-discard-request", True),
+            check=context.check,
+            options=options,
+            open_data=open_data,
         )
-        image.order.pass_discard_snapshot = pass_discard_snapshot
+        if explicit and not image.has_data_file:
+            raise ImageError(image.store.name, "'data-file' can only be set for images with an external data file")
         if any(snapshot.values()):
             image.snapshot_load(**snapshot)
         return image
 
+    def _open_data(self, open_data: Callable[[str | None], Node] | None) -> Node:
+        if not self._external:
+            return self.file
+        if open_data is None:
+            raise self.store.error("'data-file' is required for this image")
+        name = extensions.find(self.extensions, extensions.DATA_FILE_NAME)
+        return open_data(extensions.string(name) if name is not None else None)
+
+    def children(self) -> dict[str, Node]:
+        return {"data-file": self.data} if self._external else {}
+
     def _register_tables(self) -> None:
-        """Tell the overlap check where tables are; two in one place are refused."""
-        header, metadata = self.header, self.metadata
-        table = "refcount table"
-        metadata.register(header.refcount_table_offset, len(self.refcounts.table) * 8, table)
-        metadata.register(header.l1_table_offset, header.l1_size * 8, "active L1 table")
-        metadata.register(header.snapshots_offset, self.snapshot_table.length, "snapshot table")
+        """Tell the overlap check where tables are."""
         if self.readonly:
             return
+        header, metadata = self.header, self.metadata
+        metadata.register(header.refcount_table_offset, len(self.refcounts.table) * 8, overlap.REFCOUNT_TABLE)
+        metadata.register(header.l1_table_offset, header.l1_size * 8, overlap.ACTIVE_L1)
+        metadata.register(header.snapshots_offset, self.snapshot_table.length, overlap.SNAPSHOT_TABLE)
+        metadata.register_tables(self.refcounts.table, overlap.REFCOUNT_BLOCK)
+        metadata.register_tables(self.tables.l1, overlap.ACTIVE_L2)
         for one in self.snapshot_table.entries:
-            if one.l1_problem(self.cluster_size) is None:  # else it cannot be used, and nothing else is wrong
-                metadata.register(one.head.l1_table_offset, one.head.l1_size * 8, "L1 table of a snapshot")
-        for index, entry in enumerate(self.refcounts.table):
-            if entry & 511 or entry & self.cluster_size - 1:
-                raise self.store.error(f"refcount table entry {index} ({entry:#x}) is not aligned to clusters")
-        metadata.register_tables((entry | geometry.COPIED for entry in self.refcounts.table if entry), "refcount block")
-        metadata.register_tables(self.tables.l1, "active L2 table")
+            if one.l1_problem(self.cluster_size) is None:
+                metadata.register(one.head.l1_table_offset, one.head.l1_size * 8, overlap.INACTIVE_L1)
+                if overlap.INACTIVE_L2 in metadata.checks:
+                    tables = swap(array("Q", self.file.pread(one.head.l1_table_offset, one.head.l1_size * 8)))
+                    metadata.register_tables(tables, overlap.INACTIVE_L2)
 
-    def _prepare_writing(self) -> None:
+    def _prepare_writing(self, check: bool) -> None:
         header, store = self.header, self.store
-        if header.autoclear_features:
-            # None of these features is kept up to date here, so their data is not valid from now on.
-            header.autoclear_features = 0
+        unknown = header.autoclear_features & ~features.KNOWN_AUTOCLEAR
+        if not check and unknown:
+            # Nobody here keeps these features up to date, so their data is not valid from now on.
+            header.autoclear_features &= features.KNOWN_AUTOCLEAR
             store.write_header("autoclear_features")
             store.barrier()
-        if header.incompatible_features & features.DIRTY:
-            from .check import check
-
-            check(self, repair="all")
-            store.set_dirty(False)
+        if not check and header.autoclear_features & features.BITMAPS:
+            # No bitmap is kept up to date here.
+            header.autoclear_features &= ~features.BITMAPS
+            store.write_header("autoclear_features")
             store.barrier()
+        if header.incompatible_features & features.DIRTY and not check:
+            self._repair_dirty()
+
+    def _repair_dirty(self) -> None:
+        """A program died with lazy refcounts: count them anew."""
+        from .check import check
+
+        try:
+            found = check(self, repair="all", tell=notice)
+            failed = self.store.corrupt or bool(found.get("corruptions"))
+        except OSError:
+            failed = True
+        if failed:
+            raise self.store.error("Could not repair dirty image: Input/output error")
 
     # What it is
 
@@ -224,6 +267,7 @@ class Qcow2(Format):
     # Reading
 
     def map(self, offset: int, length: int) -> Sequence[Mapping]:
+        self.store.check_writable()
         bits, table_bits = self._unit_bits, self._table_bits
         end = offset + length
         found: list[Mapping] = []
@@ -243,15 +287,8 @@ class Qcow2(Format):
                 continue
             base = l1_index << table_bits
             last = min(stop - base, 1 << table_bits)
-            try:
-                if table.bitmaps is None:
-                    parts = runs(table.entries, unit - base, last, self.geometry)
-                else:
-                    parts = subruns(table.entries, table.bitmaps, unit - base, last, self.geometry)
-                for run in parts:
-                    self._append_run(found, table, run, base + run.at, offset, end)
-            except BadEntryError as error:
-                raise self.bad_entry(table, error) from None
+            for run in all_runs(table.entries, table.bitmaps, unit - base, last, self.geometry):
+                self._append_run(found, table, run, base + run.at, offset, end)
             unit = base + last
         return found
 
@@ -259,7 +296,8 @@ class Qcow2(Format):
         self, found: list[Mapping], table: L2Table, run: Run, first: int, offset: int, end: int
     ) -> None:
         state = run.state
-        host, writable, token = -1, False, None
+        host, writable = -1, False
+        token: Any = None
         if run.placed:
             host = run.host
             if self._external:
@@ -285,6 +323,9 @@ class Qcow2(Format):
                     f"(L2 offset: {table.offset:#x}, L2 index: {run.at // self.geometry.units:#x})"
                 )
             token = run.entry
+        elif state is State.BAD:
+            # Whoever reads or writes it is told.
+            token = Damage(table, run.at // self.geometry.units)
         self._append(found, _KINDS[state], first, first + run.clusters, host, writable, token, offset, end)
 
     def _append(
@@ -326,9 +367,11 @@ class Qcow2(Format):
             if last >= self._known_end:
                 raise self.store.error(f"data cluster at {last:#x} lies outside the file ({human(self._known_end)})")
 
-    def bad_entry(self, table: L2Table, error: BadEntryError) -> OSError:
+    def _damaged(self, damage: Damage) -> OSError:
         """An L2 entry means nothing: mark the image as corrupt; returns the error to raise."""
-        return self.store.mark_corrupt(f"{error} (L2 offset: {table.offset:#x}, L2 index: {error.index:#x})")
+        table, index = damage
+        text = describe_damage(table.entries[index], table.bitmaps[index] if table.bitmaps else 0, self.geometry)
+        return self.store.mark_corrupt(f"{text} (L2 offset: {alternate(table.offset)}, L2 index: {alternate(index)})")
 
     def map_cached(self, offset: int, length: int) -> Sequence[Mapping] | None:
         shift = self.geometry.guest_bits
@@ -339,6 +382,8 @@ class Qcow2(Format):
         return self.map(offset, length)
 
     def read_special(self, mapping: Mapping) -> bytes:
+        if isinstance(mapping.token, Damage):
+            raise self._damaged(mapping.token)
         offset, length = self.geometry.compressed_extent(mapping.token)
         size = self.file.size
         if offset >= size:
@@ -411,33 +456,50 @@ class Qcow2(Format):
         create(file, size, options)
 
 
-def _check_features(header: Header, found: Sequence[extensions.Extension], name: str) -> None:
-    """Refuse what is not understood, by name."""
-    names = extensions.parse_feature_names(extensions.find(found, extensions.FEATURE_NAME_TABLE))
+def _check_features(
+    file: Node, header: Header, name: str, *, refuse_corrupt: bool
+) -> list[extensions.Extension]:
+    """Refuse what is not understood, by name, in QEMU's order; returns the header's extensions."""
     mask = header.incompatible_features
     unknown = mask & ~SUPPORTED
     if unknown:
-        raise ImageError(
-            name,
-            f"needs features that are not supported: {features.describe(0, unknown, names)} "
-            f"(supported: {features.describe(0, SUPPORTED, ())})",
-        )
+        try:
+            found = extensions.read_extensions(file, header, name)
+        except ImageError:
+            found = []
+        table = extensions.find(found, extensions.FEATURE_NAME_TABLE)
+        told = features.unsupported(unknown, extensions.parse_feature_names(table))
+        raise ImageError(name, f"Unsupported qcow2 feature(s): {told}")
+    if mask & features.CORRUPT and refuse_corrupt:
+        raise ImageError(name, "qcow2: Image is corrupt; cannot be opened read/write")
     if header.compression_type not in TYPES:
-        raise ImageError(
-            name, f"compression type {header.compression_type} is not supported; {', '.join(TYPES.values())} are"
-        )
-    if bool(mask & features.COMPRESSION_TYPE) != bool(header.compression_type):
-        raise ImageError(name, "the compression type and the feature bit for it contradict each other")
+        raise ImageError(name, f"qcow2: unknown compression type: {header.compression_type}")
+    if mask & features.COMPRESSION_TYPE and not header.compression_type:
+        raise ImageError(name, "qcow2: Compression type incompatible feature bit must not be set")
+    if not mask & features.COMPRESSION_TYPE and header.compression_type:
+        raise ImageError(name, "qcow2: Compression type incompatible feature bit must be set")
+    if header.refcount_order > 6:
+        raise ImageError(name, "Reference count entry width too large; may not exceed 64 bits")
+    if header.crypt_method > 2:
+        raise ImageError(name, f"Unsupported encryption method {header.crypt_method}")
     if header.crypt_method:
-        method = {1: "AES", 2: "LUKS"}.get(header.crypt_method, f"method {header.crypt_method}")
+        method = {1: "AES", 2: "LUKS"}[header.crypt_method]
         raise ImageError(name, f"encrypted images ({method}) are not supported; unencrypted ones are")
+    return extensions.read_extensions(file, header, name)
 
 
-def _backing_reference(file: Node, header: Header, found: Sequence[extensions.Extension]) -> BackingReference | None:
-    if not header.backing_file_offset or not header.backing_file_size:
+def _backing_reference(
+    file: Node, header: Header, found: Sequence[extensions.Extension], name: str
+) -> BackingReference | None:
+    if not header.backing_file_offset:
+        return None
+    room = (1 << header.cluster_bits) - header.backing_file_offset
+    if header.backing_file_size > min(MAX_BACKING_NAME, room):
+        raise ImageError(name, "Backing file name too long")
+    if not header.backing_file_size:
         return None
     filename = file.pread(header.backing_file_offset, header.backing_file_size)
     format = extensions.find(found, extensions.BACKING_FORMAT)
     return BackingReference(
-        filename.decode("utf-8", "surrogateescape"), extensions.string(format) if format is not None else None
+        extensions.string(filename), extensions.string(format) if format is not None else None
     )

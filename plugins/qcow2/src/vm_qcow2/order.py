@@ -40,6 +40,8 @@ class Order:
         self.pass_discard = True
         #: The same where snapshots are deleted or left.
         self.pass_discard_snapshot = True
+        #: The same where clusters are given up because their data has moved.
+        self.pass_discard_other = False
 
     def relieve(self) -> None:
         """Write back if more is kept in memory than should be."""

@@ -64,6 +64,8 @@ class MetadataMap:
 
     def add(self, first: int, count: int, kind: str) -> None:
         """These clusters hold *kind*."""
+        if kind not in self.checks:
+            return
         if count == 1:
             self._kinds[first] = kind
             self._sorted = None
@@ -93,6 +95,8 @@ class MetadataMap:
         """The same for tables of one cluster each, by the entries that point at them."""
         bits = self.store.geometry.cluster_bits
         kinds = self._kinds
+        if kind not in self.checks:
+            return
         for entry in entries:
             if entry and len(kinds) < MAX_TABLES:
                 kinds.setdefault((entry & OFFSET_MASK) >> bits, kind)
@@ -102,7 +106,7 @@ class MetadataMap:
         """The first cluster found in the range that holds metadata, and what."""
         end = first + count
         position = bisect_right(self._starts, first) - 1
-        if position >= 0 and self._ends[position][0] > first:
+        if position >= 0 and self._ends[position][0] > first and (position or HEADER in self.checks):
             return first, self._ends[position][1]
         position += 1
         if position < len(self._starts) and self._starts[position] < end:

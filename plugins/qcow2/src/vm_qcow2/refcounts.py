@@ -13,6 +13,8 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 
+from vm_core.block.notices import notice
+
 from .geometry import MAX_REFTABLE_BYTES, Geometry
 from .header import check_table
 from .store import Store, alternate, swap
@@ -71,7 +73,7 @@ class RefcountBlock:
 class Refcounts:
     """Refcounts of all host clusters. Cluster numbers are host offsets divided by the cluster size."""
 
-    def __init__(self, store: Store, cache_bytes: int, *, check: bool = False) -> None:
+    def __init__(self, store: Store, *, check: bool = False) -> None:
         self.store = store
         geometry = store.geometry
         self.geometry: Geometry = geometry
@@ -88,10 +90,14 @@ class Refcounts:
         #: Table entries that are not on disk yet.
         self.unlinked: set[int] = set()
         self._blocks: OrderedDict[int, RefcountBlock] = OrderedDict()
-        entry_bytes = max(geometry.refcount_bits, 8) // 8
-        self._cache_limit = max(4, cache_bytes // (geometry.refblock_entries * entry_bytes))
+        self._cache_limit = 4
         self._shift = geometry.refblock_bits
         self._index_mask = geometry.refblock_entries - 1
+
+    def limit(self, cache_bytes: int) -> None:
+        """Keep blocks of about so many bytes in memory."""
+        entry_bytes = max(self.geometry.refcount_bits, 8) // 8
+        self._cache_limit = max(4, cache_bytes // (self.geometry.refblock_entries * entry_bytes))
 
     def block(self, index: int) -> RefcountBlock | None:
         """The block number *index*; None where the table has none."""
@@ -107,8 +113,8 @@ class Refcounts:
                 f"Refblock offset {alternate(offset)} unaligned (reftable index: {alternate(index)})"
             )
         self.store.file.event("refblock_load")
-        data = self.store.file.pread(offset, self.geometry.cluster_size) if offset < 1 << 62 else b""
-        data = data or bytes(self.geometry.cluster_size)
+        size = self.geometry.cluster_size
+        data = self.store.file.pread(offset, size) if offset + size < 1 << 63 else bytes(size)
         return self.insert(index, RefcountBlock(offset, decode(data, self.geometry.refcount_bits)))
 
     def insert(self, index: int, block: RefcountBlock) -> RefcountBlock:
@@ -163,20 +169,23 @@ class Refcounts:
     def decrement(self, first: int, count: int) -> list[int]:
         """One reference less to each of *count* clusters; returns those that are free now.
 
-        Raises EIO, and marks the image as corrupt, where there was none.
+        A count that is zero already cannot go down; that is told and passed over, as by QEMU.
         """
         freed: list[int] = []
+        wrong = False
         for cluster in range(first, first + count):
             block = self.block(cluster >> self._shift)
             index = cluster & self._index_mask
             value = 0 if block is None else block.counts[index]
             if block is None or not value:
-                offset = cluster << self.geometry.cluster_bits
-                raise self.store.mark_corrupt(f"the cluster at {offset:#x} is in use although its refcount is 0")
+                wrong = True
+                continue
             block.counts[index] = value - 1
             block.touch(index, index + 1)
             if value == 1:
                 freed.append(cluster)
+        if wrong:
+            notice("qcow2_free_clusters failed: Invalid argument")
         return freed
 
     # To disk

@@ -10,9 +10,12 @@ from array import array
 from collections import OrderedDict
 
 from .allocator import Allocator
-from .geometry import COPIED, L1_RESERVED, MAX_L1_BYTES, OFFSET_MASK
+from .geometry import COPIED, MAX_L1_BYTES, OFFSET_MASK
+from .header import check_table
 from .overlap import ACTIVE_L2
-from .store import Store
+from .store import Store, alternate
+
+MAX_INT = (1 << 31) - 1
 
 
 class L2Table:
@@ -65,25 +68,26 @@ class L2Table:
 class Tables:
     """The active L1 table and what is cached of the L2 tables under it, by the number of their L1 entry."""
 
-    def __init__(self, store: Store, allocator: Allocator | None, cache_bytes: int) -> None:
+    def __init__(self, store: Store, allocator: Allocator | None) -> None:
         self.store = store
         self.geometry = store.geometry
         self.allocator = allocator
         header = store.header
-        if header.l1_size * 8 > MAX_L1_BYTES:
-            raise store.error(f"L1 table of {header.l1_size} entries; {MAX_L1_BYTES // 8} is the most supported")
+        check_table(store.name, header, header.l1_table_offset, header.l1_size, 8, MAX_L1_BYTES, "Active L1 table")
+        if self.geometry.l1_entries_for(header.size) > MAX_INT:
+            raise store.error("Image is too big")
         if header.l1_size < self.geometry.l1_entries_for(header.size):
-            raise store.error(
-                f"L1 table of {header.l1_size} entries is too small for a virtual size of {header.size} bytes"
-            )
+            raise store.error("L1 table is too small")
         self.l1: array[int] = array("Q")
         if header.l1_size:
-            if not header.l1_table_offset:
-                raise store.error("L1 table at 0x0 overlaps the header")
             self.l1 = store.read_words(header.l1_table_offset, header.l1_size, "L1 table")
         #: L1 entries that differ from the disk.
         self.changed: set[int] = set()
         self._cache: OrderedDict[int, L2Table] = OrderedDict()
+        self._limit = 2
+
+    def limit(self, cache_bytes: int) -> None:
+        """Keep tables of about so many bytes in memory."""
         self._limit = max(2, cache_bytes >> self.geometry.cluster_bits)
 
     def cached(self, index: int) -> L2Table | None:
@@ -99,11 +103,13 @@ class Tables:
         entry = self.l1[index] if index < len(self.l1) else 0
         if not entry:
             return None
-        if entry & L1_RESERVED:
-            raise self.store.error(f"L1 entry {index} ({entry:#018x}) has reserved bits set")
         offset = entry & OFFSET_MASK
         if not offset:
-            raise self.store.error(f"L1 entry {index} ({entry:#018x}) points nowhere")
+            return None
+        if offset & self.geometry.cluster_size - 1:
+            raise self.store.mark_corrupt(
+                f"L2 table offset {alternate(offset)} unaligned (L1 index: {alternate(index)})"
+            )
         self.store.file.event("l2_load")
         return self._insert(index, self.read(offset, f"L2 table {index}"))
 

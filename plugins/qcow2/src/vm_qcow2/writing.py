@@ -23,8 +23,9 @@ from vm_core.block.mapping import Allocation
 from vm_core.errors import BlockError
 
 from . import geometry
-from .entries import ALL_ALLOCATED, ALL_ZERO, BadEntryError, Run, State, bitmap_range, make_run, run_length, runs, subruns
+from .entries import ALL_ALLOCATED, ALL_ZERO, Run, State, all_runs, bitmap_range, make_run, run_length
 from .geometry import COMPRESSED, COPIED, OFFSET_MASK
+from .store import alternate
 from .tables import L2Table
 
 if TYPE_CHECKING:
@@ -47,22 +48,12 @@ class Writer:
         self._l2_mask = self.geometry.l2_entries - 1
         self._units = self.geometry.units
         self._external = self.geometry.external
+        #: Clusters whose entries QEMU has in memory at once.
+        self._slice = self.image.runtime.l2_slice // (16 if self.geometry.extended else 8)
 
-    def _runs(self, table: L2Table, l1_index: int, start: int, stop: int) -> list[Run]:
-        """The runs of clusters that are about to be changed; damage marks the image as corrupt."""
-        try:
-            return list(runs(table.entries, start, stop, self.geometry))
-        except BadEntryError as error:
-            raise self.image.bad_entry(table, error) from None
-
-    def _subruns(self, table: L2Table, start: int, stop: int) -> list[Run]:
-        """The same of units."""
-        if table.bitmaps is None:
-            return self._runs(table, 0, start, stop)
-        try:
-            return list(subruns(table.entries, table.bitmaps, start, stop, self.geometry))
-        except BadEntryError as error:
-            raise self.image.bad_entry(table, error) from None
+    def _runs(self, table: L2Table, start: int, stop: int) -> list[Run]:
+        """The runs of clusters, damage among them."""
+        return all_runs(table.entries, None, start, stop, self.geometry)
 
     # Writing
 
@@ -82,11 +73,13 @@ class Writer:
                 last = min(stop - base, self._l2_mask + 1)
                 table = self.tables.writable(l1_index)
                 missing = 0
-                for run in self._runs(table, l1_index, cluster - base, last):
+                for run in self._runs(table, cluster - base, last):
                     first = base + run.at
+                    if run.state is State.BAD and run.entry & COPIED:
+                        raise self._damaged(run.entry, first << bits)
                     if run.copied and run.placed:
                         if missing:
-                            found.append(self._take(table, first - missing, missing, offset, end))
+                            self._take(found, table, first - missing, missing, offset, end)
                             missing = 0
                         if not self._external:
                             self.metadata.check(run.host >> bits, run.clusters)
@@ -94,7 +87,7 @@ class Writer:
                     else:
                         missing += run.clusters
                 if missing:
-                    found.append(self._take(table, base + last - missing, missing, offset, end))
+                    self._take(found, table, base + last - missing, missing, offset, end)
                 cluster = base + last
         except BaseException:
             self.abort([one for one in found if one.fresh])
@@ -108,10 +101,12 @@ class Writer:
         unit_bits, per_cluster = self._unit_bits, self._units
         low = max(run.at * per_cluster, (offset >> unit_bits) - base * per_cluster)
         high = min((run.at + run.clusters) * per_cluster, (end - 1 >> unit_bits) + 1 - base * per_cluster)
-        parts = [run] if per_cluster == 1 else self._subruns(table, low, high)
+        parts = [run] if per_cluster == 1 else all_runs(table.entries, table.bitmaps, low, high, self.geometry)
         for part in parts:
             start = base * per_cluster + part.at << unit_bits
             stop = start + (part.clusters << unit_bits)
+            if part.state is State.BAD:
+                raise self._damaged(part.entry, start)
             if part.state is State.DATA:
                 begin = max(start, offset)
                 data = self.image.data
@@ -119,26 +114,49 @@ class Writer:
             else:
                 found.append(Allocation(start, stop - start, self.image.data, part.host, True))
 
-    def _take(self, table: L2Table, first: int, count: int, offset: int, end: int) -> Allocation:
-        """Host clusters in a row for *count* guest clusters; the part of them that has to be filled."""
+    def _take(
+        self, found: list[Allocation], table: L2Table, first: int, count: int, offset: int, end: int
+    ) -> None:
+        """Host clusters for *count* guest clusters: after those of the last allocation if they are free, else in a row
+        wherever there are so many. QEMU looks at a part of a large L2 table at a time."""
         bits = self._cluster_bits
-        start, stop = first << bits, first + count << bits
-        fresh_from = self.allocator.fresh_from
-        if self._external:
-            host, zeroed = start, False
-        else:
-            cluster = self.allocator.allocate(count)
-            host, zeroed = cluster << bits, cluster >= fresh_from
+        while count:
+            part = min(count, self._slice - (first & self._slice - 1))
+            fresh_from = self.allocator.fresh_from
+            taken = part
+            if self._external:
+                host, zeroed = first << bits, False
+            else:
+                cluster, taken = 0, 0
+                if found and not (found[-1].host + found[-1].length) & self.geometry.cluster_size - 1:
+                    cluster = found[-1].host + found[-1].length >> bits
+                    taken = self.allocator.allocate_at(cluster, part)
+                if not taken:
+                    cluster, taken = self.allocator.allocate(part), part
+                host, zeroed = cluster << bits, cluster >= fresh_from
+            found.append(self._cut(table, first, taken, host, zeroed, offset, end))
+            first += taken
+            count -= taken
+
+    def _cut(
+        self, table: L2Table, first: int, count: int, host: int, zeroed: bool, offset: int, end: int
+    ) -> Allocation:
+        """The part of newly taken clusters that has to be filled: all of them, without subclusters."""
+        low, high = first << self._cluster_bits, first + count << self._cluster_bits
+        start = low
         if table.bitmaps is not None:
-            low, high = start, stop
-            if offset > start:
-                low = start + (self._first_needed(table, first, offset) << self._unit_bits)
-            if end < stop:
-                high = stop - (self._last_unneeded(table, first + count - 1, end) << self._unit_bits)
-            if offset <= start:
-                low = start
-            return Allocation(low, high - low, self.image.data, host + low - start, True, zeroed)
-        return Allocation(start, stop - start, self.image.data, host, True, zeroed)
+            if offset > low:
+                low += self._first_needed(table, first, offset) << self._unit_bits
+            if end < high:
+                high -= self._last_unneeded(table, first + count - 1, end) << self._unit_bits
+        return Allocation(low, high - low, self.image.data, host + low - start, True, zeroed)
+
+    def _damaged(self, entry: int, guest: int) -> OSError:
+        """A write would go to a place that means nothing."""
+        what = "Preallocated zero" if entry & geometry.ZERO and not self.geometry.extended else "Data"
+        return self.store.mark_corrupt(
+            f"{what} cluster offset {alternate(entry & OFFSET_MASK)} unaligned (guest offset: {alternate(guest)})"
+        )
 
     def _first_needed(self, table: L2Table, cluster: int, offset: int) -> int:
         """The first subcluster of *cluster* to fill for a write that begins at *offset* in it."""
@@ -177,7 +195,7 @@ class Writer:
             base = one.host - (one.offset & mask)
             if table.bitmaps is not None:
                 self._commit_bitmaps(table, index, count, one, base)
-            for run in self._runs(table, l1_index, index, index + count):
+            for run in self._runs(table, index, index + count):
                 host = base + (run.at - index << bits)
                 if not run.placed or run.host != host:
                     self._free(run)
@@ -206,7 +224,7 @@ class Writer:
             table.bitmaps[position] = bitmap
 
     def _commit_encoded(self, table: L2Table, l1_index: int, index: int, entry: int) -> None:
-        for run in self._runs(table, l1_index, index, index + 1):
+        for run in self._runs(table, index, index + 1):
             self._free(run)
         table.entries[index] = entry
         if table.bitmaps is not None:
@@ -250,16 +268,24 @@ class Writer:
         return Allocation(offset, self.geometry.cluster_size, self.image.file, host, True, zeroed, entry)
 
     def _free(self, run: Run, *, requested: bool = False) -> None:
-        """The entries of *run*, of clusters, are about to be overwritten: give back what they point at."""
+        """The entries of *run*, of clusters, are about to be overwritten: give back what they point at.
+
+        *requested*: the guest said so.
+        """
+        order = self.image.order
+        pass_on = order.pass_discard if requested else order.pass_discard_other
         if run.state is State.COMPRESSED:
-            self.allocator.free_extent(*self.geometry.compressed_extent(run.entry), requested=requested)
+            self.allocator.free_extent(*self.geometry.compressed_extent(run.entry), requested=pass_on)
+        elif run.state is State.BAD:
+            offset = run.entry & OFFSET_MASK
+            self.store.mark_corrupt(f"Cannot free unaligned cluster {alternate(offset)}", fatal=False)
         elif not run.placed:
             return
         elif self._external:
-            if requested and self.image.order.pass_discard:
+            if pass_on:
                 self.image.data.discard(run.host, run.clusters << self._cluster_bits)
         else:
-            self.allocator.free(run.host >> self._cluster_bits, run.clusters, requested=requested)
+            self.allocator.free(run.host >> self._cluster_bits, run.clusters, requested=pass_on)
 
     # Zeroing and discarding
 
@@ -281,9 +307,9 @@ class Writer:
             self.image.data.zero(offset, length, unmap=unmap)
         for table, l1_index, start, stop in self.whole_clusters(offset, length, create=True):
             assert table is not None
-            for run in self._runs(table, l1_index, start, stop):
+            for run in self._runs(table, start, stop):
                 low, high = run.at, run.at + run.clusters
-                free = run.state is State.COMPRESSED or (unmap and run.placed)
+                free = run.state is State.COMPRESSED or (unmap and (run.placed or run.state is State.BAD))
                 if table.bitmaps is not None:
                     zeroes = array("Q", (ALL_ZERO,)) * run.clusters
                     if not free and table.bitmaps[low:high] == zeroes:
@@ -338,7 +364,7 @@ class Writer:
         for table, l1_index, start, stop in self.whole_clusters(offset, length, create=unallocated_too):
             if table is None:
                 continue
-            for run in self._runs(table, l1_index, start, stop):
+            for run in self._runs(table, start, stop):
                 low, high = run.at, run.at + run.clusters
                 if table.bitmaps is not None:
                     if run.state is State.UNALLOCATED:

@@ -40,8 +40,10 @@ class CopyError(VmError):
     """Data could not be read or written; the message says where and why."""
 
     def __init__(self, what: str, offset: int, error: OSError) -> None:
-        super().__init__(f"error while {what} at byte {offset}: {error.strerror or error}")
+        self.what = what
+        self.text = error.strerror or str(error)
         self.offset = offset
+        super().__init__(f"error while {what} at byte {offset}: {self.text}")
         self.errno = error.errno
 
 

@@ -38,12 +38,18 @@ def measure(driver: Any, size: int, source: Node | None, options: dict[str, Any]
         isinstance(source, FormatNode)
         and "bitmaps" in driver.capabilities
         and compat not in ("0.10", "v2")
-        and source.keeps_bitmaps
+        and _keeps_bitmaps(source)
     ):
         with source.quiesce() as held:
             bitmaps = list(held.bitmaps())
         result = {"bitmaps": _bitmaps(bitmaps, sectors_up(size), cluster), **result}
     return result
+
+
+def _keeps_bitmaps(source: FormatNode) -> bool:
+    from ...plugins import find
+
+    return "bitmaps" in find("format", source.driver).capabilities and source.info().get("compat") != "0.10"
 
 
 def _bitmaps(bitmaps: list[dict[str, Any]], size: int, cluster: int) -> int:

@@ -296,11 +296,11 @@ class Tool:
 
     # Long work
 
-    def progress(self, enabled: bool) -> Progress:
-        """``-p``: a context manager to call with what is done and what there is."""
+    def progress(self, enabled: bool, step: float = 1.0) -> Progress:
+        """``-p``: a context manager to call with what is done and what there is; *step* per cent are worth telling."""
         from .progress import make
 
-        return make(self, enabled)
+        return make(self, enabled, step)
 
     @contextmanager
     def target(self, path: str) -> Iterator[Callable[[], None]]:

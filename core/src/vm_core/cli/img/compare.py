@@ -48,7 +48,7 @@ def run(args: list[str], tool: Tool) -> int:
     from ...block.jobs.job import Job
 
     with ExitStack() as stack:
-        progress = tool.progress(show)
+        progress = tool.progress(show, 2.0)
         stack.callback(progress.end, failed=True)  # the peer does not say 100 % at the end
         try:
             mode = tool.cache(cache, source=True)

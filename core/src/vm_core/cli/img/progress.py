@@ -109,8 +109,8 @@ class Bar(Progress):
         self._rich.stop()
 
 
-def make(tool: Tool, enabled: bool) -> Progress:
-    """The progress of one operation. Raises Failure for an unknown ``--progress``."""
+def make(tool: Tool, enabled: bool, step: float = 1.0) -> Progress:
+    """The progress of one operation; the text leaves out steps of less than *step* per cent. Raises Failure for an unknown ``--progress``."""
     mode = tool.progress_mode
     if mode and mode not in MODES:
         from .common import Failure
@@ -121,7 +121,7 @@ def make(tool: Tool, enabled: bool) -> Progress:
     if not mode:
         mode = "bar" if not tool.peer and sys.stderr.isatty() and sys.stdout.isatty() else "text"
     if mode == "text":
-        return Text()
+        return Text(step)
     if mode == "json":
         return Json()
     return Bar(tool.command) if mode == "bar" else Progress()

@@ -1,0 +1,91 @@
+"""``commit``: write an overlay's changes into a backing image."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from ...errors import ImageError, VmError
+from .common import Failure, Tool, reason
+
+if TYPE_CHECKING:
+    from ...block.node import Node
+
+LONG = {"help": "h", "object:": "object", "image-opts": "image-opts"}
+
+
+def run(args: list[str], tool: Tool) -> int:
+    """``commit [-b BASE] [-d] [-r RATE] [-t CACHE] [-f FMT] [-p] FILE``."""
+    format, cache, base, keep, show, image_opts, rate = None, "writeback", None, False, False, False, 0
+    options = tool.options(args, "f:ht:b:dpqr:", LONG)
+    for key, value in options:
+        match key:
+            case "f":
+                format = value
+            case "t":
+                cache = value
+            case "b":
+                base, keep = value, True
+            case "d":
+                keep = True
+            case "p":
+                show = True
+            case "q":
+                tool.quiet = True
+            case "r":
+                rate = tool.size(value, "rate limit")
+            case "object":
+                tool.add_object(value)
+            case "image-opts":
+                image_opts = True
+    show = show and not tool.quiet
+    if len(options.rest) != 1:
+        tool.usage("Expecting one image file name")
+    name = options.rest[0]
+    mode = tool.cache(cache)
+    with tool.open(name, image_opts=image_opts, format=format, write=True, cache=mode) as node:
+        from ...block.jobs.commit import chain, commit
+        from ...block.jobs.job import Job
+
+        images = chain(node)
+        if base is None:
+            if len(images) < 2:
+                raise Failure("Image does not have a backing file")
+            target = images[1]
+        else:
+            found = _find(images, base)
+            if found is None:
+                raise Failure(f"Did not find '{base}' in the backing chain of '{name}'")
+            target = found
+        with tool.progress(show) as progress:
+            watched = show or tool.progress_mode == "json"
+            try:
+                commit(node, target, keep=keep, job=Job(progress if watched else None, rate=rate))
+            except ImageError as error:
+                raise Failure(error.peer) from error
+            except (VmError, OSError) as error:
+                raise Failure(f"Block job failed: {_cause(error)}") from error
+    tool.say("Image committed.")
+    return 0
+
+
+def _cause(error: BaseException) -> str:
+    number = getattr(error, "errno", None)
+    return os.strerror(number) if number else reason(error)
+
+
+def _find(images: list[Node], name: str) -> Node | None:
+    """The backing image that *name* names: as recorded, as opened, or as the same file."""
+    for overlay, image in zip(images, images[1:], strict=False):
+        reference = getattr(getattr(overlay, "format", None), "backing_reference", None)
+        if name in (image.filename, reference.filename if reference is not None else None):
+            return image
+    directory = os.path.dirname(images[0].filename)
+    for path in (os.path.join(directory, name), name):
+        for image in images[1:]:
+            try:
+                if os.path.samefile(path, image.filename):
+                    return image
+            except OSError:
+                continue
+    return None

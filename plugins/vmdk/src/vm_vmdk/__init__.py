@@ -1,0 +1,1 @@
+"""VMware disk images: VMDK in all its subformats, and OVA appliances."""

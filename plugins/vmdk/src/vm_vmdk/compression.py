@@ -1,0 +1,61 @@
+"""Compressed grains: each on its own, deflate in zlib's wrapping (RFC 1950).
+
+Python's own zlib does it all. Where they are installed (``vm-vmdk[fast]``), zlib-ng compresses in a third of the time
+and ISA-L decompresses in half. All of them let other threads run meanwhile.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+#: zlib's usual compromise of time and size.
+LEVEL = 6
+
+
+class InflateError(Exception):
+    """The data is not what the decoder expects."""
+
+
+@cache
+def _inflater() -> tuple[Any, type[Exception]]:
+    """What makes decompressors: the fastest there is, and its exception."""
+    try:
+        from isal import isal_zlib
+
+        return isal_zlib.decompressobj, isal_zlib.error
+    except ImportError:
+        import zlib
+
+        return zlib.decompressobj, zlib.error
+
+
+@cache
+def _deflater() -> Any:
+    try:
+        from zlib_ng import zlib_ng
+
+        return zlib_ng.compress
+    except ImportError:
+        import zlib
+
+        return zlib.compress
+
+
+def inflate(data: bytes | memoryview, limit: int) -> bytes:
+    """Decompress to at most *limit* bytes, whatever the data claims. Raises InflateError."""
+    make, error_type = _inflater()
+    decoder = make()
+    try:
+        result: bytes = decoder.decompress(data, limit)
+    except error_type as error:
+        raise InflateError(str(error)) from None
+    if not decoder.eof and len(result) < limit:
+        raise InflateError(f"the data ends after {len(result)} bytes")
+    return result
+
+
+def deflate(data: bytes | memoryview) -> bytes:
+    """Compress one grain."""
+    result: bytes = _deflater()(data, LEVEL)
+    return result
