@@ -22,7 +22,7 @@ def vm_format_drivers() -> Iterable[FormatDriver]:
             summary="the bytes themselves, or a window of them",
             implementation="vm_core.block.raw:RawNode",
             extensions=("raw", "img", "iso", "bin", "dd"),
-            capabilities=frozenset({"write", "create", "resize"}),
+            capabilities=frozenset({"write", "create", "resize", "measure"}),
             options=(
                 Option("offset", "size", "where in the file the image begins", 0, defining=True),
                 Option("size", "size", "length of the image; to the end of the file if not given", defining=True),

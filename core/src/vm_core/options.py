@@ -232,7 +232,7 @@ def _flat(values: Mapping[str, Any], known: Mapping[str, Option]) -> list[tuple[
     """Names and values, with the members of a dict under dotted names where such options are *known*."""
     found: list[tuple[str, Any]] = []
     for name, value in values.items():
-        if isinstance(value, dict) and name not in known and any(one.startswith(f"{name}.") for one in known):
+        if isinstance(value, dict) and any(one.startswith(f"{name}.") for one in known):
             members = {f"{name}.{key}": member for key, member in value.items()}
             found += _flat(members, known)
         else:

@@ -47,6 +47,8 @@ class Format(ABC):
     #: Bytes in which :meth:`zero` can be told about parts of a unit of allocation; None: there are no such parts.
     #: A range within one unit that starts or ends in the middle of it comes alone.
     zero_unit: int | None = None
+    #: Damage was found and told while requests were served; nothing more is written, and closing says no more.
+    failed: bool = False
     #: Bytes in which SPECIAL runs are turned into data: a partial read asks for whole units (and keeps the last ones).
     #: None: clusters.
     special_unit: int | None = None

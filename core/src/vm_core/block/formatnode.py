@@ -829,7 +829,9 @@ class FormatNode(ImageNode):
             return
         self._closed = True
         failure: BaseException | None = None
-        steps: list[Callable[[], None]] = [self.flush, self.format.close, *[node.close for node in self._owned]]
+        steps: list[Callable[[], None]] = [self.format.close, *[node.close for node in self._owned]]
+        if not self.format.failed:
+            steps.insert(0, self.flush)
         for step in steps:
             try:
                 step()

@@ -12,7 +12,7 @@ point nowhere, and sets the COPIED bits. It never touches what a guest sees.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from vm_core.block.structs import Record, u8, u16, u32, u64
@@ -58,7 +58,7 @@ class Result:
             self.messages.append(text)
 
 
-def check(image: Qcow2, *, repair: str = "") -> dict[str, Any]:
+def check(image: Qcow2, *, repair: str = "", tell: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Check *image* and repair it as asked; the result is in the shape of ImageCheck.
 
     Nobody else uses the image meanwhile.

@@ -31,7 +31,7 @@ def create(file: Node, size: int, options: dict[str, Any]) -> None:
     """Write an empty image of *size* bytes, rounded up to 512, popping *options*. Raises UsageError."""
     size = -(-size // 512) * 512
     preallocation = options.pop("preallocation", None) or "off"
-    header, found, name = _plan(size, options, preallocation)
+    header, found, name = plan(size, options, preallocation)
     cluster_size = 1 << header.cluster_bits
     area = extensions.pack_extensions(found)
     start = header.header_length
@@ -56,7 +56,7 @@ def create(file: Node, size: int, options: dict[str, Any]) -> None:
     image.close()
 
 
-def _plan(size: int, options: dict[str, Any], preallocation: str) -> tuple[Header, list[Extension], bytes]:
+def plan(size: int, options: dict[str, Any], preallocation: str) -> tuple[Header, list[Extension], bytes]:
     """The header that the *options* ask for, the extensions, and the backing file's name."""
     compat = str(options.pop("compat", None) or "1.1")
     if compat not in _VERSIONS:

@@ -127,9 +127,7 @@ def runs(entries: array[int], start: int, stop: int, geometry: Geometry) -> Iter
         index += count
 
 
-def subruns(
-    entries: array[int], bitmaps: array[int], start: int, stop: int, geometry: Geometry
-) -> Iterator[Run]:
+def subruns(entries: array[int], bitmaps: array[int], start: int, stop: int, geometry: Geometry) -> Iterator[Run]:
     """The runs of the subclusters from *start* to *stop* under extended entries; a compressed cluster is one run."""
     size = geometry.cluster_size >> 5
     for run in runs(entries, start >> 5, (stop - 1 >> 5) + 1, geometry):
@@ -169,9 +167,7 @@ def subruns(
                 index += 1
 
 
-def all_runs(
-    entries: array[int], bitmaps: array[int] | None, start: int, stop: int, geometry: Geometry
-) -> list[Run]:
+def all_runs(entries: array[int], bitmaps: array[int] | None, start: int, stop: int, geometry: Geometry) -> list[Run]:
     """The runs of the units from *start* to *stop* – of clusters without *bitmaps* –, damage among them as BAD."""
     per_entry = 1 if bitmaps is None else SUBCLUSTERS
     found: list[Run] = []

@@ -72,9 +72,7 @@ def read_extensions(file: Node, header: Header, name: str) -> list[Extension]:
         if head.type == END:
             break
         if head.type == BACKING_FORMAT and head.length >= MAX_FORMAT_NAME:
-            raise ImageError(
-                name, f"ERROR: ext_backing_format: len={head.length} too large (>={MAX_FORMAT_NAME})"
-            )
+            raise ImageError(name, f"ERROR: ext_backing_format: len={head.length} too large (>={MAX_FORMAT_NAME})")
         found.append(Extension(head.type, area[start : start + head.length]))
         position = start + (head.length + 7 & ~7)
     return found

@@ -89,9 +89,7 @@ def read_header(file: Node, name: str) -> Header:
 _NOT_READ = "Could not read qcow2 header: Input/output error"
 
 
-def check_table(
-    name: str, header: Header, offset: int, entries: int, width: int, most: int, what: str
-) -> None:
+def check_table(name: str, header: Header, offset: int, entries: int, width: int, most: int, what: str) -> None:
     """Raise ImageError unless a table of *entries* entries of *width* bytes, *most* bytes in all, can be at *offset*."""
     if entries > most // width:
         raise ImageError(name, f"{what} too large")

@@ -37,13 +37,7 @@ if TYPE_CHECKING:
     from .writing import Writer
 
 #: Incompatible features that are understood.
-SUPPORTED = (
-    features.DIRTY
-    | features.CORRUPT
-    | features.DATA_FILE
-    | features.COMPRESSION_TYPE
-    | features.EXTENDED_L2
-)
+SUPPORTED = features.DIRTY | features.CORRUPT | features.DATA_FILE | features.COMPRESSION_TYPE | features.EXTENDED_L2
 
 #: What each state is to the core.
 _KINDS = {
@@ -292,9 +286,7 @@ class Qcow2(Format):
             unit = base + last
         return found
 
-    def _append_run(
-        self, found: list[Mapping], table: L2Table, run: Run, first: int, offset: int, end: int
-    ) -> None:
+    def _append_run(self, found: list[Mapping], table: L2Table, run: Run, first: int, offset: int, end: int) -> None:
         state = run.state
         host, writable = -1, False
         token: Any = None
@@ -430,6 +422,11 @@ class Qcow2(Format):
     def discard(self, offset: int, length: int) -> None:
         self.writer.discard(offset, length)
 
+    @property
+    def failed(self) -> bool:  # type: ignore[override]
+        """Damage was found and told: nothing more is written."""
+        return self.store.corrupt
+
     def flush(self) -> None:
         if self.readonly:
             return
@@ -449,6 +446,22 @@ class Qcow2(Format):
 
         return check(self, repair=repair)
 
+    def empty(self) -> None:
+        from .emptying import empty
+
+        empty(self)
+
+    def change_backing(self, filename: str | None, format: str | None) -> None:
+        from .headerarea import change_backing
+
+        change_backing(self, filename, format)
+
+    @classmethod
+    def measure(cls, size: int, data: Iterable[tuple[int, int]], options: dict[str, Any]) -> dict[str, int]:
+        from .measuring import measure
+
+        return measure(size, data, options)
+
     @classmethod
     def create(cls, file: Node, size: int, options: dict[str, Any]) -> None:
         from .create import create
@@ -456,9 +469,7 @@ class Qcow2(Format):
         create(file, size, options)
 
 
-def _check_features(
-    file: Node, header: Header, name: str, *, refuse_corrupt: bool
-) -> list[extensions.Extension]:
+def _check_features(file: Node, header: Header, name: str, *, refuse_corrupt: bool) -> list[extensions.Extension]:
     """Refuse what is not understood, by name, in QEMU's order; returns the header's extensions."""
     mask = header.incompatible_features
     unknown = mask & ~SUPPORTED
@@ -500,6 +511,4 @@ def _backing_reference(
         return None
     filename = file.pread(header.backing_file_offset, header.backing_file_size)
     format = extensions.find(found, extensions.BACKING_FORMAT)
-    return BackingReference(
-        extensions.string(filename), extensions.string(format) if format is not None else None
-    )
+    return BackingReference(extensions.string(filename), extensions.string(format) if format is not None else None)

@@ -92,10 +92,9 @@ class Order:
             if not self.lazy:
                 for block in refcounts.write_blocks():
                     block.clean()
-            if self.pass_discard:
-                bits = store.geometry.cluster_bits
-                for first, count in released:
-                    store.file.discard(first << bits, count << bits)
+            bits = store.geometry.cluster_bits
+            for first, count in released:
+                store.file.discard(first << bits, count << bits)
 
     def close(self) -> None:
         """Write back, and take away the dirty bit."""

@@ -5,33 +5,57 @@ from __future__ import annotations
 from vm_core.descriptors import FormatDriver, Option, Signature
 from vm_core.hookspecs import hookimpl
 
+#: In the order in which qemu-img tells them.
 _CREATE_OPTIONS = (
-    Option("backing_file", "str", "File name of a base image"),
-    Option("backing_fmt", "str", "Image format of the base image"),
     Option("cluster_size", "size", "qcow2 cluster size", default=65536),
-    Option("compat", "str", "Compatibility level (v2 [0.10] or v3 [1.1])", default="1.1"),
-    Option(
-        "compression_type", "enum", "Compression method used for image cluster compression", choices=("zlib", "zstd")
-    ),
-    Option("lazy_refcounts", "bool", "Postpone refcount updates", default=False),
+    Option("extended_l2", "bool", "Extended L2 tables", default=False),
     Option(
         "preallocation",
         "enum",
         "Preallocation mode (allowed values: off, metadata, falloc, full)",
         choices=("off", "metadata", "falloc", "full"),
     ),
-    Option("refcount_bits", "int", "Width of a reference count entry in bits", default=16),
+    Option(
+        "compression_type",
+        "enum",
+        "Compression method used for image cluster compression",
+        default="zlib",
+        choices=("zlib", "zstd"),
+    ),
     Option("size", "size", "Virtual disk size"),
+    Option("compat", "str", "Compatibility level (v2 [0.10] or v3 [1.1])"),
+    Option("backing_file", "str", "File name of a base image"),
+    Option("backing_fmt", "str", "Image format of the base image"),
+    Option("data_file", "str", "File name of an external data file"),
+    Option("data_file_raw", "bool", "The external data file must stay valid as a raw image"),
+    Option("lazy_refcounts", "bool", "Postpone refcount updates", default=False),
+    Option("refcount_bits", "int", "Width of a reference count entry in bits", default=16),
 )
 
 _OPTIONS = (
+    Option("data-file", "node", "Where guest data is, of images with an external data file"),
     Option("lazy-refcounts", "bool", "Postpone refcount updates (default: as the image says)"),
+    Option("cache-size", "size", "Bytes of L2 tables and refcount blocks kept in memory"),
     Option("l2-cache-size", "size", "Bytes of L2 tables kept in memory", default=32 << 20),
-    Option("refcount-cache-size", "size", "Bytes of refcount blocks kept in memory", default=4 << 20),
+    Option("l2-cache-entry-size", "size", "Bytes of an L2 table that count as one", default=65536),
+    Option("refcount-cache-size", "size", "Bytes of refcount blocks kept in memory (default: four clusters)"),
+    Option("cache-clean-interval", "int", "Seconds after which unused tables leave memory (0: never)", default=600),
     Option("snapshot.id", "str", "Show the internal snapshot of this id (read-only)"),
     Option("snapshot.name", "str", "Show the internal snapshot of this name (read-only)"),
     Option("pass-discard-snapshot", "bool", "Give space of deleted snapshots back to the host", default=True),
     Option("pass-discard-request", "bool", "Give space that the guest discards back to the host", default=True),
+    Option("pass-discard-other", "bool", "Give space of data that has moved back to the host", default=False),
+    Option("overlap-check", "str", "Metadata that writes are checked against: none, constant, cached, all"),
+    Option("overlap-check.template", "str", "The same, where more options of it are given"),
+    Option("overlap-check.main-header", "bool", "Check writes against the header"),
+    Option("overlap-check.active-l1", "bool", "Check writes against the active L1 table"),
+    Option("overlap-check.active-l2", "bool", "Check writes against active L2 tables"),
+    Option("overlap-check.refcount-table", "bool", "Check writes against the refcount table"),
+    Option("overlap-check.refcount-block", "bool", "Check writes against refcount blocks"),
+    Option("overlap-check.snapshot-table", "bool", "Check writes against the snapshot table"),
+    Option("overlap-check.inactive-l1", "bool", "Check writes against L1 tables of snapshots"),
+    Option("overlap-check.inactive-l2", "bool", "Check writes against L2 tables of snapshots"),
+    Option("overlap-check.bitmap-directory", "bool", "Check writes against the directory of bitmaps"),
 )
 
 
@@ -43,7 +67,7 @@ def vm_format_drivers() -> list[FormatDriver]:
             name="qcow2",
             summary="QEMU's copy-on-write image format, versions 2 and 3",
             implementation="vm_qcow2.image:Qcow2",
-            capabilities={"write", "create", "backing", "resize", "check", "snapshots"},
+            capabilities={"backing", "check", "compress", "create", "measure", "resize", "snapshots", "write"},
             signatures=(
                 Signature(0, b"QFI\xfb\0\0\0\x02"),
                 Signature(0, b"QFI\xfb\0\0\0\x03"),

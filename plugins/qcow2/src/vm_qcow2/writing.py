@@ -94,9 +94,7 @@ class Writer:
             raise
         return found
 
-    def _reuse(
-        self, found: list[Allocation], table: L2Table, run: Run, base: int, offset: int, end: int
-    ) -> None:
+    def _reuse(self, found: list[Allocation], table: L2Table, run: Run, base: int, offset: int, end: int) -> None:
         """The units of a run of clusters that are the guest's already, cut to the write."""
         unit_bits, per_cluster = self._unit_bits, self._units
         low = max(run.at * per_cluster, (offset >> unit_bits) - base * per_cluster)
@@ -114,9 +112,7 @@ class Writer:
             else:
                 found.append(Allocation(start, stop - start, self.image.data, part.host, True))
 
-    def _take(
-        self, found: list[Allocation], table: L2Table, first: int, count: int, offset: int, end: int
-    ) -> None:
+    def _take(self, found: list[Allocation], table: L2Table, first: int, count: int, offset: int, end: int) -> None:
         """Host clusters for *count* guest clusters: after those of the last allocation if they are free, else in a row
         wherever there are so many. QEMU looks at a part of a large L2 table at a time."""
         bits = self._cluster_bits
