@@ -346,6 +346,14 @@ class Allocator:
                         released.append((cluster, 1))
         return released
 
+    def free_now(self, first: int, count: int) -> list[int]:
+        """Free clusters that nothing on disk points at, without waiting; returns those that nobody else uses."""
+        freed = self.refcounts.decrement(first, count)
+        self.metadata.remove(first, count)
+        for cluster in freed:
+            self.lower(cluster)
+        return freed
+
     def lower(self, cluster: int) -> None:
         """Cluster number *cluster* is free now."""
         self._hint = min(self._hint, cluster)

@@ -70,8 +70,9 @@ class Bitmap:
         self.enabled = True
         #: Somebody had it in use and did not store it: nothing but its removal makes sense.
         self.inconsistent = False
-        #: Where it is on disk: the table's place and entries; 0 and none where it is not.
+        #: Where it is on disk: the table's place, its entries, and those of them that lie within the file.
         self.table_offset = 0
+        self.table_size = 0
         self.table: array[int] = array("Q")
         #: Bits by number of cluster of bitmap data; None while they are only on disk.
         self._pieces: dict[int, bytearray] | None = {}
@@ -105,7 +106,7 @@ class Bitmap:
         name = self.name.encode("utf-8", "surrogateescape")
         record = DirectoryEntry(
             table_offset=self.table_offset,
-            table_size=len(self.table),
+            table_size=self.table_size,
             flags=(IN_USE if in_use else 0) | (AUTO if self.enabled else 0),
             granularity_bits=self.granularity_bits,
             name_size=len(name),
@@ -115,9 +116,13 @@ class Bitmap:
 
     # Bits
 
-    def on_disk(self, offset: int, table: array[int]) -> None:
-        """It is stored in the clusters of *table*, which is at *offset*; the bits are read when they are needed."""
-        self.table_offset, self.table, self._pieces = offset, table, None
+    def on_disk(self, offset: int, size: int, table: array[int]) -> None:
+        """It is stored, with its table of *size* entries at *offset*."""
+        self.table_offset, self.table_size, self.table = offset, size, table
+
+    def forget(self) -> None:
+        """The bits are only on disk; they are read when they are needed."""
+        self._pieces = None
 
     def pieces(self) -> dict[int, bytearray]:
         """The bits by number of cluster."""
@@ -249,6 +254,8 @@ class Bitmaps:
     def __init__(self, image: Qcow2) -> None:
         self.image = image
         self.entries: list[Bitmap] = []
+        #: Whether closing the image stores them.
+        self.live = False
         #: The directory on disk: place and bytes.
         self.directory_offset = 0
         self.directory_size = 0
@@ -333,7 +340,6 @@ class Bitmaps:
             raise image.store.error(f"Could not read bitmap '{bitmap.name}' from image: Invalid argument")
         inside = max(0, min(size, (image.file.size - record.table_offset) // 8))
         table = image.store.read_words(record.table_offset, inside, "bitmap table") if inside else array("Q")
-        bitmap.missing = size - inside  # type: ignore[attr-defined]
         for entry in table:
             offset = entry & ENTRY_OFFSET
             if entry & ENTRY_RESERVED or offset & mask or (offset and entry & ALL_ONES):
@@ -342,4 +348,175 @@ class Bitmaps:
                 raise image.store.error(
                     f"Could not read bitmap_table table from image for bitmap '{bitmap.name}': Invalid argument"
                 )
-        bitmap.on_disk(record.table_offset, table)
+        bitmap.on_disk(record.table_offset, size, table)
+        bitmap.forget()
+
+    # What a tool asks for
+
+    def find(self, name: str, *, inconsistent: bool = False) -> Bitmap:
+        """The bitmap called *name*, usable unless *inconsistent* ones are wanted too. Raises ImageError."""
+        found = next((one for one in self.entries if one.name == name), None)
+        if found is None:
+            raise self.image.store.error(f"Dirty bitmap '{name}' not found")
+        if found.inconsistent and not inconsistent:
+            text = f"Bitmap '{name}' is inconsistent and cannot be used"
+            raise ImageError(
+                self.image.store.name,
+                f"{text}; remove it from the image",
+                peer=f"{text}\nTry block-dirty-bitmap-remove to delete this bitmap from disk",
+            )
+        return found
+
+    def add(self, name: str, granularity: int | None, *, enabled: bool) -> None:
+        """Add an empty bitmap. Raises ImageError."""
+        image = self.image
+        if granularity is None:
+            granularity = min(65536, max(4096, image.cluster_size))
+        bits = granularity.bit_length() - 1
+        error = image.store.error
+        encoded = name.encode("utf-8", "surrogateescape")
+        if not encoded:
+            raise error("Bitmap name cannot be empty")
+        if granularity != 1 << bits or not MIN_GRANULARITY_BITS <= bits <= MAX_GRANULARITY_BITS:
+            raise error("Granularity must be power of 2 and at least 512")
+        if any(one.name == name for one in self.entries):
+            raise error(f"Bitmap already exists: {name}")
+        if image.geometry.version < 3:
+            raise error("Cannot store dirty bitmaps in qcow2 v2 files")
+        if len(encoded) > MAX_NAME:
+            raise error(f"Name length exceeds maximum ({MAX_NAME} characters)")
+        bitmap = Bitmap(image, name, bits)
+        bitmap.enabled = enabled
+        if bitmap.clusters << image.geometry.cluster_bits > MAX_BYTES or bitmap.clusters > MAX_TABLE:
+            raise error("Too much space will be occupied by the bitmap. Use larger granularity")
+        if len(self.entries) >= MAX_BITMAPS:
+            raise error("Maximum number of persistent bitmaps is already reached")
+        if sum(len(one.entry(in_use=False)) for one in (*self.entries, bitmap)) > MAX_DIRECTORY:
+            raise error("Not enough space in the bitmap directory")
+        self.entries.append(bitmap)
+
+    def remove(self, name: str) -> None:
+        """Take a bitmap away, from the disk at once. Raises ImageError."""
+        bitmap = self.find(name, inconsistent=True)
+        self.entries.remove(bitmap)
+        if bitmap.table_offset:
+            self._settle()
+            self._switch(in_use=True)
+            self._free_bits([(bitmap.table_offset, bitmap.table_size, bitmap.table)])
+
+    def mark(self, offset: int, length: int) -> None:
+        """Guest bytes were written."""
+        for bitmap in self.entries:
+            if bitmap.enabled and not bitmap.inconsistent:
+                bitmap.mark(offset, length)
+
+    def check_resize(self) -> None:
+        """Raise ImageError where a bitmap is in the way of another virtual size."""
+        for bitmap in self.entries:
+            if bitmap.inconsistent:
+                self.find(bitmap.name)
+
+    def resized(self, size: int) -> None:
+        """The virtual size is *size* from now on; called before the image says so."""
+        for bitmap in self.entries:
+            bitmap.pieces()
+
+    # To disk
+
+    def begin(self) -> None:
+        """The image is open for writing: what is on disk is in use from now on."""
+        if any(not one.inconsistent for one in self.entries):
+            store = self.image.store
+            store.write(self.directory_offset, self._directory(in_use=True))
+            store.barrier()
+
+    def store(self) -> None:
+        """Write every bitmap anew and let the header point at them. Raises BlockError; then all stay in use."""
+        fresh = [one for one in self.entries if not one.inconsistent]
+        if not fresh:
+            return
+        self._settle()
+        former = [(one.table_offset, one.table_size, one.table) for one in fresh if one.table_offset]
+        for bitmap in fresh:
+            self._write(bitmap)
+        self._switch(in_use=False)
+        self._free_bits(former)
+
+    def _settle(self) -> None:
+        self.image.order.write_back()
+        self.image.refcounts.settle()
+
+    def _directory(self, *, in_use: bool) -> bytes:
+        """*in_use* goes for those that are not anyway."""
+        return b"".join(
+            one.entry(in_use=in_use or one.inconsistent) for one in self.entries if one.table_offset
+        )
+
+    def _write(self, bitmap: Bitmap) -> None:
+        """Bits and table to free clusters."""
+        image, store = self.image, self.image.store
+        bits = image.geometry.cluster_bits
+        table = array("Q", bytes(8 * bitmap.clusters))
+        for index, piece in sorted(bitmap.pieces().items()):
+            if any(piece):
+                cluster = image.allocator.allocate(1)
+                store.write(cluster << bits, piece)
+                table[index] = cluster << bits
+        first = image.allocator.allocate(max(1, -(-len(table) * 8 >> bits)))
+        store.write_words(first << bits, table)
+        bitmap.on_disk(first << bits, len(table), table)
+
+    def _switch(self, *, in_use: bool) -> None:
+        """A directory of what is on disk now, stable before the header points at it; the former one is freed."""
+        image, store = self.image, self.image.store
+        bits = image.geometry.cluster_bits
+        data = self._directory(in_use=in_use)
+        count = -(-len(data) >> bits)
+        first = image.allocator.allocate_metadata(count, "bitmap directory") if count else 0
+        if count:
+            store.write(first << bits, data)
+        image.refcounts.settle()
+        store.barrier()
+        number = sum(bool(one.table_offset) for one in self.entries)
+        extension = (
+            BitmapsExtension(nb_bitmaps=number, directory_size=len(data), directory_offset=first << bits)
+            if number
+            else None
+        )
+        write_extension(image, extension.pack() if extension is not None else None)
+        if self.directory_offset:
+            clusters = -(-self.directory_size >> bits)
+            image.allocator.free_now(self.directory_offset >> bits, clusters)
+        self.directory_offset, self.directory_size = first << bits, len(data)
+        image.refcounts.settle()
+
+    def _free_bits(self, former: list[tuple[int, int, array[int]]]) -> None:
+        """Free the clusters of tables (place, size, entries) that nothing points at; bits go back to the host."""
+        image = self.image
+        bits = image.geometry.cluster_bits
+        discards: list[int] = []
+        for offset, size, table in former:
+            for entry in table:
+                if entry & ENTRY_OFFSET:
+                    discards += image.allocator.free_now((entry & ENTRY_OFFSET) >> bits, 1)
+            image.allocator.free_now(offset >> bits, max(1, -(-size * 8 >> bits)))
+        image.refcounts.settle()
+        for cluster in discards:
+            image.file.discard(cluster << bits, image.cluster_size)
+
+
+def _possible(image: Qcow2, record: DirectoryEntry, bitmap: Bitmap) -> bool:
+    """Whether an entry says nothing that cannot be."""
+    size = record.table_size
+    if not (
+        0 < record.name_size <= MAX_NAME
+        and MIN_GRANULARITY_BITS <= record.granularity_bits <= MAX_GRANULARITY_BITS
+        and 0 < size <= MAX_TABLE
+        and record.table_offset
+        and not record.table_offset & image.cluster_size - 1
+        and size << image.geometry.cluster_bits <= MAX_BYTES
+        and not record.flags & ~(IN_USE | AUTO)
+        and record.type == DIRTY_TRACKING
+    ):
+        return False
+    return bool(record.flags & IN_USE) or size >= bitmap.clusters

@@ -94,6 +94,7 @@ class Qcow2(Format):
         self._decode = decoder(header.compression_type)
         self._encode = encoder(header.compression_type)
         self._writer: Writer | None = None
+        self._registered = False
         self.metadata = MetadataMap(store)
         self.refcounts = Refcounts(store, check=check)
         if not check:
@@ -158,8 +159,9 @@ class Qcow2(Format):
 
     def _register_tables(self) -> None:
         """Tell the overlap check where tables are."""
-        if self.readonly:
+        if self.readonly or self._registered:
             return
+        self._registered = True
         header, metadata = self.header, self.metadata
         metadata.register(header.refcount_table_offset, len(self.refcounts.table) * 8, overlap.REFCOUNT_TABLE)
         metadata.register(header.l1_table_offset, header.l1_size * 8, overlap.ACTIVE_L1)
@@ -436,6 +438,24 @@ class Qcow2(Format):
         from .resize import resize
 
         resize(self, size)
+
+    def reopen(self, *, readonly: bool) -> None:
+        if readonly == self.readonly:
+            return
+        if readonly:
+            if not self.store.corrupt:
+                self.order.close()
+        elif self.header.incompatible_features & features.CORRUPT:
+            raise self.store.error("the image is marked as corrupt: it can only be opened read-only, or repaired")
+        if self._external:
+            self.data.reopen(readonly=readonly)
+        self.readonly = self.store.readonly = readonly
+        if not readonly:
+            # Whoever had the image open for writing meanwhile may have changed the tables.
+            self.tables.drop_clean()
+            self.refcounts.forget()
+            self._register_tables()
+            self._prepare_writing(False)
 
     def close(self) -> None:
         if not self.readonly and not self.store.corrupt:
