@@ -1,8 +1,12 @@
-"""``python -m bench [NAME…]``: print a table of ratios against the peer (below 1: faster than it)."""
+"""``python -m bench [NAME…]``: print a table of ratios against the peer (below 1: faster than it).
+
+``tools`` stands for all of vm-img's benchmarks, ``boot`` for those of whole machines.
+"""
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -15,39 +19,82 @@ from .interleave import Result, interleave
 ROOT = Path(__file__).resolve().parents[1]
 
 
+BOOT = ("grub-ide", "grub-virtio", "kernel", "reads")
+
+
 def main() -> int:
     """Run the chosen benchmarks."""
     # The guests are made by the same code as the tests' guests.
     sys.path.insert(0, str(ROOT / "tests"))
+
+    from .tools import BENCHES
+
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
+    known = ", ".join(("boot", *BOOT, "tools", *BENCHES))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {known} (default: all)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--work", type=Path, help="a folder for images, kept for the next run (default: temporary)")
+    options = parser.parse_args()
+    names: list[str] = []
+    for name in options.names or ["boot", "tools"]:
+        names += {"boot": BOOT, "tools": tuple(BENCHES)}.get(name, (name,))
+    for name in names:
+        if name not in BOOT and name not in BENCHES:
+            parser.error(f"no benchmark {name!r}; there is {known}")
+    with tempfile.TemporaryDirectory() as folder:
+        work = options.work or Path(folder)
+        if any(name in BOOT for name in names):
+            boots(work, [name for name in names if name in BOOT], options.rounds)
+        if any(name in BENCHES for name in names):
+            images(work, [name for name in names if name in BENCHES], options.rounds)
+    return 0
+
+
+def boots(work: Path, names: list[str], rounds: int) -> None:
+    """Whole machines."""
     from vmtest.linux import linux_parts
 
     from . import boot
 
-    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument("names", nargs="*", help="grub-ide, grub-virtio, kernel, reads (default: all)")
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-    names = options.names or ["grub-ide", "grub-virtio", "kernel", "reads"]
     table = Table("work", "qemu, s", "vm, s", "ratio", title="medians, interleaved")
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        for name in names:
-            if name.startswith("grub-"):
-                add(
-                    table,
-                    f"firmware to GRUB's menu, {name[5:]}",
-                    interleave(boot.grub(work, name[5:]), options.rounds),
-                )
-            elif name == "kernel":
-                add(table, "i386 kernel to its shell", interleave(boot.kernel(work, linux_parts()), options.rounds))
-            elif name == "reads":
-                first, second = boot.guest_reads(work, linux_parts())
-                add(table, "guest reads 64 MiB in order, virtio-blk", interleave(first, 1))
-                add(table, "guest reads 400 random 4 KiB, virtio-blk", interleave(second, 1))
-            else:
-                parser.error(f"no benchmark {name!r}")
+    for name in names:
+        if name.startswith("grub-"):
+            add(table, f"firmware to GRUB's menu, {name[5:]}", interleave(boot.grub(work, name[5:]), rounds))
+        elif name == "kernel":
+            add(table, "i386 kernel to its shell", interleave(boot.kernel(work, linux_parts()), rounds))
+        else:
+            first, second = boot.guest_reads(work, linux_parts())
+            add(table, "guest reads 64 MiB in order, virtio-blk", interleave(first, 1))
+            add(table, "guest reads 400 random 4 KiB, virtio-blk", interleave(second, 1))
     Console(width=110).print(table)
-    return 0
+
+
+def images(work: Path, names: list[str], rounds: int) -> None:
+    """vm-img and vm-io."""
+    from .images import Images
+    from .tools import BENCHES
+
+    table = Table(
+        "work", "qemu, s", "vm, s", "ratio", "goal", "cpu ratio", "memory", title="medians, interleaved; ratios vm/qemu"
+    )
+    found = Images(work)
+    for name in names:
+        try:
+            one = BENCHES[name](found, rounds)
+        except subprocess.CalledProcessError as error:
+            table.add_row(name, "", "", f"failed: {error.returncode}")
+            continue
+        goal = "" if one.goal is None else f"{one.goal:.2f}{'' if one.ratio <= one.goal else ' missed'}"
+        table.add_row(
+            one.title,
+            f"{one.peer.wall:.3f}",
+            f"{one.ours.wall:.3f}",
+            f"{one.ratio:.2f}",
+            goal if goal else f"+{(one.ours.cpu - one.peer.cpu) * 1000:.0f} ms cpu (60)",
+            f"{one.ours.cpu / max(one.peer.cpu, 0.001):.2f}",
+            f"{one.memory:.2f}",
+        )
+    Console(width=120).print(table)
 
 
 def add(table: Table, title: str, results: list[Result]) -> None:

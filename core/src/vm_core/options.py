@@ -23,6 +23,7 @@ from .errors import UsageError
 if TYPE_CHECKING:
     from .descriptors import Option
 
+_BOTH = "Cannot reference an existing block device with additional options or a new filename"
 _TRUE = ("on", "yes", "true", "y")
 _FALSE = ("off", "no", "false", "n")
 
@@ -106,10 +107,10 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
             below = here.setdefault(part, {})
             if not isinstance(below, dict):
                 taken = ".".join(parts[: depth + 1])
-                raise UsageError(f"option {taken!r} is given a value and members ({key}): give one of them")
+                raise UsageError(f"option {taken!r} is given a value and members ({key}): give one of them").put(_BOTH)
             here = below
         if isinstance(here.get(parts[-1]), dict) and not isinstance(value, dict):
-            raise UsageError(f"option {key!r} is given a value and members: give one of them")
+            raise UsageError(f"option {key!r} is given a value and members: give one of them").put(_BOTH)
         here[parts[-1]] = value
     return {key: _lists(value, key) for key, value in root.items()}
 
@@ -140,14 +141,15 @@ def parse(text: str, implied: str | None = None) -> dict[str, Any]:
 
 def parse_json(text: str) -> dict[str, Any]:
     """A JSON object. Raises UsageError that tells where it is wrong."""
-    import json
+    from .jsontext import JsonError, parse
 
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"not JSON: {error}") from None
+        value = parse(text)
+    except (JsonError, RecursionError) as error:
+        told = str(error) or "JSON nesting depth limit exceeded"
+        raise UsageError(f"not JSON: {told}").put(f"Could not parse the JSON options: {told}") from None
     if not isinstance(value, dict):
-        raise UsageError(f"a JSON object {{…}} is needed, not {type(value).__name__}")
+        raise UsageError(f"a JSON object {{…}} is needed, not {type(value).__name__}").put("Invalid JSON object given")
     return value
 
 

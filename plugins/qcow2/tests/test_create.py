@@ -35,13 +35,27 @@ CASES: list[tuple[int, dict[str, Any]]] = [
     (40 << 20, {"preallocation": "metadata", "cluster_size": 512, "refcount_bits": 64}),
     (300 << 20, {"preallocation": "metadata", "cluster_size": 16384}),
     (1000, {"preallocation": "metadata"}),
+    *[
+        (size << 20, {"preallocation": "falloc", "cluster_size": cluster, "refcount_bits": width})
+        for size in (1, 3)
+        for cluster, width in ((512, 1), (512, 16), (512, 64), (4096, 16), (65536, 16), (1 << 20, 8))
+    ],
+    (3 << 20, {"preallocation": "full", "cluster_size": 4096}),
+    *[(3 << 20, {"preallocation": mode, "extended_l2": "on"}) for mode in ("off", "metadata", "falloc", "full")],
+    (3 << 20, {"preallocation": "metadata", "extended_l2": "on", "cluster_size": 16384, **BACKING}),
+    *[(3 << 20, {"preallocation": mode, "data_file": "d.raw"}) for mode in ("off", "metadata", "falloc", "full")],
+    (3 << 20, {"data_file": "d.raw", "data_file_raw": "on", "extended_l2": "on"}),
+    (3 << 20, {"data_file": "d.raw", "data_file_raw": "on", "refcount_bits": 1, "lazy_refcounts": "on"}),
 ]
 
 
 @pytest.mark.parametrize(("size", "options"), CASES, ids=lambda value: str(value))
-def test_same_bytes_as_the_peer(tmp_path: Path, qemu: Qemu, size: int, options: dict[str, Any]) -> None:
+def test_same_bytes_as_the_peer(
+    tmp_path: Path, qemu: Qemu, monkeypatch: pytest.MonkeyPatch, size: int, options: dict[str, Any]
+) -> None:
     """With the same options, every byte of a new image is where qemu-img puts it."""
     qemu.create(tmp_path / "base.qcow2", 64 << 20)
+    monkeypatch.chdir(tmp_path)
     theirs, ours = tmp_path / "theirs.qcow2", tmp_path / "ours.qcow2"
     qemu.create(theirs, size, options)
     create_image(str(ours), "qcow2", size, options)

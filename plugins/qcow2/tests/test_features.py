@@ -49,24 +49,8 @@ def test_unknown_incompatible_bit_is_refused_by_the_images_own_name_for_it(image
         open_node(str(image))
     assert str(image) in str(caught.value)
     patch(image, 72, ">Q", 1 << 9)
-    with pytest.raises(ImageError, match="bit 9"):
+    with pytest.raises(ImageError, match="Unknown incompatible feature: 200"):
         open_node(str(image))
-
-
-def test_features_that_are_not_built_are_refused_by_name(tmp_path: Path, qemu: Qemu) -> None:
-    """Extended L2 entries, external data files and encryption are named, with what is supported."""
-    for options, words in (
-        ({"extended_l2": "on"}, "extended L2 entries"),
-        ({"data_file": tmp_path / "data"}, "external data file"),
-    ):
-        path = tmp_path / "disk.qcow2"
-        qemu.create(path, MIB, options)
-        with pytest.raises(ImageError, match=rf"{words}.*supported"):
-            open_node(str(path))
-    secret = ("--object", "secret,id=s,data=geheim", "-o", "encrypt.format=aes,encrypt.key-secret=s")
-    qemu.create(path, MIB, None, *secret)
-    with pytest.raises(ImageError, match=r"AES.*supported"):
-        open_node(str(path))
 
 
 def test_autoclear_bits_are_cleared_for_writing_only(image: Path) -> None:
@@ -152,18 +136,21 @@ def test_corrupt_image_is_read_but_not_written(image: Path) -> None:
         open_node(str(image), readonly=False)
 
 
-def test_write_that_would_hit_metadata_marks_the_image_corrupt(image: Path, qemu: Qemu) -> None:
+def test_write_that_would_hit_metadata_marks_the_image_corrupt(
+    image: Path, qemu: Qemu, capfd: pytest.CaptureFixture[str]
+) -> None:
     """A cluster of refcount 0 that is a table in truth is not given out; from then on nothing is written."""
     blocks = field(image, field(image, 48, ">Q"), ">Q")
     patch(image, blocks, ">40s", bytes(40))
     node = open_node(str(image), readonly=False)
     before = image.read_bytes()[512:]
-    with pytest.raises(BlockError, match="would overwrite the header"):
+    with pytest.raises(BlockError, match="overlaps with qcow2_header"):
         node.pwrite(8 * MIB, b"x" * 65536)
-    with pytest.raises(BlockError, match="corrupt"):
-        node.pwrite(0, b"x" * 65536)
-    with pytest.raises(BlockError, match="corrupt"):
-        node.close()
+    assert "qcow2: Marking image as corrupt: Preventing invalid write on metadata" in capfd.readouterr().err
+    for act in (lambda: node.pwrite(0, b"x" * 65536), lambda: node.pread(0, 512), node.flush):
+        with pytest.raises(BlockError, match="No medium found"):
+            act()
+    node.close()
     assert image.read_bytes()[512:] == before
     assert field(image, 72, ">Q") == 2
     patch(image, 72, ">Q", 0)
@@ -171,7 +158,7 @@ def test_write_that_would_hit_metadata_marks_the_image_corrupt(image: Path, qemu
     assert qemu.read(image) == b"\7" * MIB + bytes(15 * MIB)
 
 
-def test_data_in_place_over_metadata_is_not_written(image: Path) -> None:
+def test_data_in_place_over_metadata_is_not_written(image: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """An L2 entry that points at the refcount table does not let a guest write there."""
     l2 = field(image, field(image, 40, ">Q"), ">Q") & ~(1 << 63)
     table = field(image, 48, ">Q")
@@ -179,9 +166,9 @@ def test_data_in_place_over_metadata_is_not_written(image: Path) -> None:
     node = open_node(str(image), readonly=False)
     with pytest.raises(BlockError, match="refcount table"):
         node.pwrite(0, b"x" * 65536)
-    with pytest.raises(BlockError, match="corrupt"):
-        node.close()
+    node.close()
     assert field(image, table, ">Q") == 2 << 16
+    assert "overlaps with refcount table" in capfd.readouterr().err
 
 
 def test_snapshots_keep_what_they_hold(image: Path, qemu: Qemu) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -24,11 +25,17 @@ class Breakpoints(Protocol):
         """Whether a request is stopped as *tag*."""
 
 
+def say(text: str) -> None:
+    """Tell on standard output that a request has been stopped or goes on, as the peer's drivers do."""
+    sys.stdout.write(text)
+
+
 def find(node: Node) -> Breakpoints | None:
     """The breakpoints of *node* or of the nearest node below it that has some."""
     current: Node | None = node
     while current is not None:
         if current.breakpoints is not None:
             return current.breakpoints
-        current = current.children().get("file")
+        children = current.children()
+        current = children.get("file") or children.get("image")
     return None

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ImageError, PluginError, UsageError, VmError
+from ..errors import ImageError, LockError, PluginError, UsageError, VmError
 from .gate import SCHEME
 
 if TYPE_CHECKING:
@@ -88,13 +88,20 @@ class NewImage:
                 file.close()
             if options:
                 raise UsageError(f"Format driver '{self.format}' does not know the option {min(options)!r}")
-        except BaseException:
-            if self._protocol == "file":
+        except BaseException as error:
+            if self._protocol == "file" and not isinstance(error, LockError):
                 with suppress(OSError):
                     os.unlink(self._target["filename"])
             raise
 
     def _check_choices(self) -> None:
+        """What the peer finds only when it makes the image."""
+        backing_format = self.values.get("backing_fmt")
+        if backing_format is not None:
+            if self.values.get("backing_file") is None:
+                raise UsageError("Backing format cannot be used without backing file")
+            if not _is_format(backing_format):
+                raise UsageError(f"Parameter 'backing-fmt' does not accept value '{backing_format}'")
         for option in self._known:
             value = self.values.get(option.name)
             if option.type != "enum" or value is None or value in option.choices:
@@ -144,12 +151,14 @@ def prepare(
     backing: str | None = None,
     backing_format: str | None = None,
     check_backing: bool = True,
+    need_format: bool = True,
     gate: Gate | None = None,
 ) -> NewImage:
     """Check everything about an image of *size* bytes (None: that of *options* or of the backing image).
 
     *options* are strings as after ``-o``, or typed values; *backing* and *backing_format* go before those among them.
-    Without *check_backing* the backing image is not looked at. Raises UsageError, PluginError, ImageError.
+    Without *check_backing* the backing image is not looked at, without *need_format* its format may be left out then.
+    Raises UsageError, PluginError, ImageError.
     """
     driver, protocol, descriptor, target = find_drivers(filename, format)
     known = create_options(driver, descriptor)
@@ -174,7 +183,7 @@ def prepare(
         if "backing_fmt" not in names:
             raise UsageError(f"Backing file format not supported for file format '{format}'")
         new.values["backing_fmt"] = backing_format
-    _check_backing(new, check_backing, gate)
+    _check_backing(new, check_backing, need_format, gate)
     size = new.values.get("size")
     if size is None:
         raise UsageError("Image creation needs a size parameter")
@@ -183,7 +192,7 @@ def prepare(
     return new
 
 
-def _check_backing(new: NewImage, look: bool, gate: Gate | None) -> None:
+def _check_backing(new: NewImage, look: bool, need_format: bool, gate: Gate | None) -> None:
     """Look at the backing image, whose size is the new one's where none was given."""
     backing, format = new.values.get("backing_file"), new.values.get("backing_fmt")
     if backing is None:
@@ -194,7 +203,7 @@ def _check_backing(new: NewImage, look: bool, gate: Gate | None) -> None:
         raise UsageError("Error: Trying to create an image with the same filename as the backing file")
     missing = "Backing file specified without backing format"
     if not look:
-        if not format:
+        if not format and need_format:
             raise UsageError(f"{missing}: give backing_fmt (-F)").put(missing)
         return
     from .open import open_node
@@ -212,6 +221,15 @@ def _check_backing(new: NewImage, look: bool, gate: Gate | None) -> None:
             )
         if new.values.get("size") is None:
             new.values["size"] = -(-node.size // 512) * 512
+
+
+def _is_format(name: str) -> bool:
+    """Whether there is such a format or protocol, installed or not."""
+    from ..known_drivers import KNOWN_DRIVERS
+    from ..plugins import drivers
+
+    known = {*KNOWN_DRIVERS["format"], *KNOWN_DRIVERS["protocol"]}
+    return name in known or any(name == one.name for kind in ("format", "protocol") for one in drivers(kind))
 
 
 def backing_path(name: str, image: str) -> str:

@@ -42,6 +42,8 @@ with suppress(AttributeError, OSError, ValueError):  # no sysconf (Windows), or 
 
 #: Bytes that a bounce buffer holds.
 BOUNCE = 1024 * 1024
+#: Bytes at the start of a new file that have host space at once.
+FIRST_BLOCK = 4096
 #: Zeroes are written in requests of this many bytes where the system cannot make them.
 ZERO_STEP = 4 * 1024 * 1024
 
@@ -178,16 +180,22 @@ class FileProtocol(Protocol):
     @classmethod
     def create(cls, options: dict[str, Any], size: int) -> None:
         filename = options.pop("filename")
+        nocow, extent_size = options.pop("nocow", False), options.pop("extent_size_hint", None)
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
         try:
             fd = os.open(filename, flags, 0o644)
         except OSError as error:
             raise ImageError("", f"Could not create '{filename}': {error.strerror}") from None
         try:
-            uses = (locks.WRITE, locks.RESIZE)  # an image that somebody has open is not ours to empty
-            locks.acquire(fd, filename, uses, uses)
+            # An image that somebody has open is not ours to empty; raw ones may be shared by those who say so.
+            locks.acquire(fd, filename, (locks.WRITE, locks.RESIZE), (locks.RESIZE,))
             if stat.S_ISREG(os.fstat(fd).st_mode):
                 os.ftruncate(fd, 0)
+                from . import filehints
+
+                if nocow:
+                    filehints.no_copy_on_write(fd)
+                filehints.extent_size(fd, filehints.EXTENT_SIZE if extent_size is None else extent_size)
                 os.ftruncate(fd, size)
         except OSError as error:
             raise ImageError("", f"Could not resize '{filename}' to {size} bytes: {error.strerror}") from None
@@ -261,8 +269,12 @@ class FileProtocol(Protocol):
             raise self.read_only_error()
         try:
             with self._growing:
+                first = not self._size
                 os.ftruncate(self._fd, size)
                 self._size = size
+                if first and size:
+                    # As in QEMU the first block is allocated, so that O_DIRECT's alignment can be found by reading it.
+                    _pwritev(self._fd, zero_views(min(size, FIRST_BLOCK)), 0)
         except OSError as error:
             raise _error(error) from None
         finally:

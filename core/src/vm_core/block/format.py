@@ -54,9 +54,10 @@ class Format(ABC):
     special_unit: int | None = None
     #: Every run is DATA of one storage at a constant distance (a fixed image): where the storage has holes, walks say so.
     transparent: bool = False
-    #: Guest offset past the image's end from which on :meth:`map` and :meth:`allocate` also serve a machine's state; None
-    #: where the format keeps none.
-    state_offset: int | None = None
+    #: Whether the driver wants to hear of every change of guest data: see :meth:`written`.
+    tracking: bool = False
+    #: Guest data can be written only compressed: whole clusters, each once.
+    compressed_only: bool = False
     #: The recorded backing image, None for a standalone one.
     backing_reference: BackingReference | None = None
 
@@ -112,6 +113,9 @@ class Format(ABC):
 
     def discard(self, offset: int, length: int) -> None:
         """Give back whole clusters. What the guest reads there afterwards must not be older data of a backing image."""
+
+    def written(self, offset: int, length: int) -> None:
+        """The guest changed these bytes: written, zeroed or discarded. Called where :attr:`tracking` is set."""
 
     # Compressed writing (capability ``compress``)
 
@@ -206,6 +210,9 @@ class Format(ABC):
     def empty(self) -> None:
         """Forget all guest data: every byte comes from the backing image again, or is zero (``commit``)."""
         raise UsageError("an image of this format cannot be emptied")
+
+    def backing_changed(self, node: Node | None) -> None:
+        """From now on *node* answers for UNALLOCATED runs (None: nobody does). For drivers that check whether it may."""
 
     def change_backing(self, filename: str | None, format: str | None) -> None:
         """Record another backing image (None: none) without looking at any data (``rebase -u``)."""

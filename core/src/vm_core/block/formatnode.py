@@ -54,7 +54,7 @@ from .imagenode import ImageNode
 from .mapping import Allocation, Kind, Mapping
 from .node import Buffer, Node
 from .rangelock import EVERYTHING, RangeLock
-from .vectors import PIECE, cut, fill, scatter, total, zero_views
+from .vectors import PIECE, cut, fill, is_zero, scatter, total, zero_views
 
 #: Decompressed runs kept, and the largest kept.
 KEPT_RUNS = 16
@@ -65,6 +65,8 @@ MAP_STEP = 1 << 34
 ZERO_STEP = 2 * 1024 * 1024
 #: Guest bytes that one call of a driver's zero or discard is given.
 CHANGE_STEP = 1 << 30
+#: Guest bytes that copy-on-read takes at once.
+COPY_STEP = 1 << 20
 #: Heads and tails of zeroes longer than this are zeroed by the storage instead of written.
 ZERO_BY_STORAGE = PIECE
 
@@ -127,6 +129,8 @@ class FormatNode(ImageNode):
         #: Closes the driver and opens the image anew with changed options; also gives what was wrong with them.
         self.remake: Callable[[Format, dict[str, Any]], tuple[Format, Exception | None]] | None = None
         self._backing = backing
+        if backing is not None:
+            format.backing_changed(backing)
         self._owned = list(owned)
         self._ranges = RangeLock()
         self._mutex = self._ranges.mutex
@@ -147,6 +151,7 @@ class FormatNode(ImageNode):
         """Put another backing image in place and return the former one, which the caller now owns."""
         with self.quiesce():
             former, self._backing = self._backing, node
+            self.format.backing_changed(node)
             if former is not None and former in self._owned:
                 self._owned.remove(former)
             if node is not None and owned:
@@ -340,11 +345,20 @@ class FormatNode(ImageNode):
 
     @_as_block_errors
     def _write(self, offset: int, length: int, buffers: Sequence[Buffer], fua: bool) -> None:
-        if not self._write_in_place(offset, length, buffers):
+        if self.format.compressed_only:
+            self.write_compressed(offset, buffers)
+        elif not self._write_in_place(offset, length, buffers):
             with self._exclusive(*self._clusters(offset, length)):
                 self._write_allocating(offset, length, buffers)
+        if self.format.tracking:
+            self._written(offset, length)
         if fua:
             self.flush()
+
+    def _written(self, offset: int, length: int) -> None:
+        """Let a driver that asked for it hear of a change."""
+        with self._mutex:
+            self.format.written(offset, length)
 
     def _write_in_place(self, offset: int, length: int, buffers: Sequence[Buffer]) -> bool:
         """Overwrite what is there; False, with nothing written, where any of it must be allocated first."""
@@ -410,6 +424,11 @@ class FormatNode(ImageNode):
             with self._mutex:
                 self.format.commit(fresh)
 
+    @property
+    def can_compress(self) -> bool:
+        """Whether the format has a compressed form."""
+        return type(self.format).encode is not Format.encode
+
     @_as_block_errors
     def write_compressed(self, offset: int, buffers: Sequence[Buffer]) -> None:
         """Write whole clusters (the image's last one may be cut off) in compressed form where that makes them smaller.
@@ -434,6 +453,37 @@ class FormatNode(ImageNode):
                 self.write_encoded(offset + start, encoded)
 
     @_as_block_errors
+    def copy_up(self, offset: int, length: int) -> None:
+        """Copy-on-read: give this image the clusters of the range that only its backing images have, or nobody."""
+        if self.readonly:
+            raise self.read_only_error()
+        start, end = self._clusters(offset, length)
+        end = min(end, self.format.size)
+        if start >= end:
+            return
+        with self._mutex:
+            if all(run.kind is not Kind.UNALLOCATED for run in self.format.map(start, end - start)):
+                return
+        for begin, finish in _portions(start, end, self.cluster_size, COPY_STEP):
+            with self._exclusive(begin, -(-finish // self.cluster_size) * self.cluster_size):
+                with self._mutex:
+                    runs = list(self.format.map(begin, finish - begin))
+                for run in runs:
+                    if run.kind is Kind.UNALLOCATED:
+                        self._copy_run(run)
+
+    def _copy_run(self, run: Mapping) -> None:
+        """Make an UNALLOCATED run this image's own. It is locked exclusively by the caller."""
+        data = [memoryview(bytearray(run.length))]
+        self._read_runs(run.offset, [run], data)
+        if self._watch is not None:
+            self._watch("cor_write")
+        if is_zero(data):
+            self._zero_clusters(run.offset, run.offset + run.length, False)
+        else:
+            self._write_allocating(run.offset, run.length, data)
+
+    @_as_block_errors
     def write_encoded(self, offset: int, encoded: bytes | memoryview) -> None:
         """Store one cluster in the form that the driver's ``encode`` gave it. Raises BlockError as above."""
         with self._exclusive(offset, offset + self.cluster_size):
@@ -447,6 +497,8 @@ class FormatNode(ImageNode):
                 raise
             with self._mutex:
                 self.format.commit([one])
+        if self.format.tracking:
+            self._written(offset, min(self.cluster_size, self.format.size - offset))
 
     @_as_block_errors
     def begin_write(self, offset: int, length: int) -> WriteTicket:
@@ -475,6 +527,8 @@ class FormatNode(ImageNode):
         """The second half: write the data where it belongs and make it what the guest sees."""
         try:
             self._fill_allocations(write.offset, write.length, buffers, write.allocations)
+            if self.format.tracking:
+                self._written(write.offset, write.length)
         finally:
             self._ranges.release(write.ticket)
 
@@ -486,6 +540,8 @@ class FormatNode(ImageNode):
             try:
                 if fresh:
                     self.format.commit(fresh)
+                if self.format.tracking:
+                    self.format.written(write.offset, write.length)
             finally:
                 self._ranges.drop(write.ticket)
 
@@ -576,6 +632,13 @@ class FormatNode(ImageNode):
 
     @_as_block_errors
     def _zero(self, offset: int, length: int, unmap: bool, fua: bool) -> None:
+        self._zero_range(offset, length, unmap)
+        if self.format.tracking:
+            self._written(offset, length)
+        if fua:
+            self.flush()
+
+    def _zero_range(self, offset: int, length: int, unmap: bool) -> None:
         end = offset + length
         unit = self.cluster_size
         size = self.format.size
@@ -590,8 +653,6 @@ class FormatNode(ImageNode):
                     self._zero_clusters(begin, finish, unmap)
             if stop < end:
                 self._zero_part(stop, end, unmap)
-        if fua:
-            self.flush()
 
     def _zero_part(self, start: int, end: int, unmap: bool) -> None:
         """Zero within the clusters at the range's ends, by metadata alone where that is possible.
@@ -658,6 +719,8 @@ class FormatNode(ImageNode):
         for begin, finish in _portions(start, stop, unit):
             with self._exclusive(begin, -(-finish // unit) * unit), self._mutex:
                 self.format.discard(begin, finish - begin)
+        if self.format.tracking:
+            self._written(offset, length)
 
     # Saved machine state
 
@@ -748,7 +811,7 @@ class FormatNode(ImageNode):
         unit, below = self.cluster_size, self._backing.size if self._backing is not None else 0
         gained = min(size, max(-(-former // unit) * unit, below))
         if former < gained:
-            self._zero(former, gained - former, False, False)
+            self._zero_range(former, gained - former, False)
 
     @_as_block_errors
     def map(self, offset: int, length: int) -> Iterator[Mapping]:
@@ -841,9 +904,9 @@ class FormatNode(ImageNode):
             raise failure
 
 
-def _portions(start: int, end: int, unit: int) -> Iterator[tuple[int, int]]:
+def _portions(start: int, end: int, unit: int, longest: int = CHANGE_STEP) -> Iterator[tuple[int, int]]:
     """A long range in portions of whole clusters, so that others get a turn between them."""
-    step = max(CHANGE_STEP // unit, 1) * unit
+    step = max(longest // unit, 1) * unit
     while start < end:
         stop = min(end, start + step)
         yield start, stop

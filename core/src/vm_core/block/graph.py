@@ -35,7 +35,9 @@ class Graph:
     def check(self, name: str) -> None:
         """Raise UsageError where *name* cannot be given to a new node."""
         if not _NAME.fullmatch(name):
-            raise UsageError(f"node-name={name}: a letter, then letters, digits, '-', '.', '_', 31 at most")
+            raise UsageError(f"node-name={name}: a letter, then letters, digits, '-', '.', '_', 31 at most").put(
+                f"Invalid node-name: '{name}'"
+            )
         if name in self._nodes:
             raise UsageError(f"node-name={name}: there is a node of this name already")
 
@@ -47,7 +49,9 @@ class Graph:
         """The node called *name*. Raises UsageError that explains references."""
         node = self._nodes.get(name)
         if node is None:
-            raise UsageError(f"there is no node {name!r}; a file is written as file.filename={name}")
+            raise UsageError(f"there is no node {name!r}; a file is written as file.filename={name}").put(
+                f"Cannot find device='{name}' nor node-name='{name}'"
+            )
         return node
 
     def remove(self, node: Node) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .filter import Filter
-from .node import Node, Protocol
+from .node import Node
 
 if TYPE_CHECKING:
     from ..descriptors import Descriptor
@@ -22,7 +22,7 @@ def defining(options: dict[str, Any], descriptor: Descriptor | None) -> dict[str
         return {}
     known = () if descriptor is None else descriptor.options
     wanted = {option.name for option in known if option.defining}
-    return _flat({key: value for key, value in options.items() if key in wanted}) if wanted else {}
+    return flat({key: value for key, value in options.items() if key in wanted}) if wanted else {}
 
 
 def call(node: Node, driver: str, given: dict[str, Any]) -> None:
@@ -38,7 +38,7 @@ def call(node: Node, driver: str, given: dict[str, Any]) -> None:
         # A filter that has a name of its own form has given it to itself.
         plain = below is not None and node.filename != below.filename
     else:
-        plain = not given and isinstance(below, Protocol) and not below.filename.startswith("json:")
+        plain = not given and below is not None and below.is_protocol and not below.filename.startswith("json:")
     if not plain and below is not None:
         node.filename = json_name(full)
 
@@ -57,13 +57,14 @@ def json_name(options: dict[str, Any]) -> str:
     return "json:" + compact(options)
 
 
-def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """*options* with dotted keys, without nodes."""
+    found: dict[str, Any] = {}
     for key, value in options.items():
         if isinstance(value, list):
             value = {str(number): each for number, each in enumerate(value)}
         if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
+            found.update(flat(value, f"{prefix}{key}."))
         elif not isinstance(value, Node):
-            flat[prefix + key] = value
-    return flat
+            found[prefix + key] = value
+    return found

@@ -42,8 +42,12 @@ class Node(ABC):
     #: Filters and raw images: every run of :meth:`map` is DATA of one child at a constant distance, so that walks go
     #: on in that child.
     transparent: bool = False
+    #: What is stored are not the bytes that are read (they are encrypted): nobody may take them from the storage below.
+    opaque: bool = False
     #: Somebody below looks at events, so they must be told.
     watched: bool = False
+    #: Named like a protocol, so that an image above needs no other name than this node's.
+    is_protocol: bool = False
     #: Where requests may be stopped, on nodes that offer it.
     breakpoints: Breakpoints | None = None
 
@@ -196,6 +200,8 @@ class Node(ABC):
 
 class Protocol(Node):
     """A node without children: it talks to the host or to a server."""
+
+    is_protocol = True
 
     @classmethod
     def claims(cls, filename: str) -> int:

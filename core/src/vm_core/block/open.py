@@ -134,12 +134,14 @@ class OpenContext:
         format: str | None = None,
         readonly: bool | None = None,
         storage: bool = False,
+        beside: bool = False,
     ) -> Node:
         """Open a node that the image names, as its *role*; the gate decides.
 
         A child that the user gave for this role in the options is used instead, whatever *reference* says; with
         *reference* None there has to be one. *format* is what the image records of it; None: probed. With *storage* it
-        is no image but bare storage, and nobody else may write to it. The node is closed with the image.
+        is no image but bare storage, and nobody else may write to it; *beside* says that QEMU too takes its name as
+        relative to the image. The node is closed with the image.
         """
         readonly = self.readonly if readonly is None else readonly
         explicit = self._explicit.pop(role, _ABSENT)
@@ -149,7 +151,7 @@ class OpenContext:
         elif reference is None:
             raise ImageError(self.filename, f"needs a {role}: give {role}.filename=… or the name of a node")
         elif storage:
-            node = _follow_storage(self, role, reference, readonly)
+            node = _follow_storage(self, role, reference, readonly, beside)
             owned = True
         else:
             node = _follow(self, role, reference, format, readonly)
@@ -171,6 +173,17 @@ class OpenContext:
         from ..crypto import secrets
 
         return secrets.passphrase(identity)
+
+    def open_given(self, role: str, given: Any, *, image: bool = False) -> Node:
+        """Open a child that the user defined: options, a node's name or a node. Not an *image*: its format is not probed.
+
+        Close it with the new node if :meth:`owned` says that it is owned.
+        """
+        with _as_image_errors(role):
+            node, owned = _open_reference(given, self.child(filename=""), image=image)
+        if owned:
+            self._opened.append(node)
+        return node
 
     def explicit(self, role: str) -> bool:
         """Whether the user gave a child for *role* in the options."""
@@ -288,7 +301,10 @@ def create_image(
     """
     from .create import prepare
 
-    prepare(filename, format, size, options, check_backing=check_backing, gate=gate).create()
+    new = prepare(
+        filename, format, size, options, check_backing=check_backing, need_format=check_backing, gate=gate
+    )
+    new.create()
 
 
 # From options to nodes
@@ -305,7 +321,13 @@ def _open(options: dict[str, Any], context: OpenContext, *, image: bool = True) 
             count += 1
             if count > MAX_DEPTH:
                 raise ImageError(top.filename, f"the backing chain is longer than {MAX_DEPTH} images")
-            below, owned, pending = pending()
+            try:
+                below, owned, pending = pending()
+            except VmError as error:
+                # QEMU says it once a level; the level itself has been told.
+                if not isinstance(error, GateError) and error.peer:
+                    error.put("Could not open backing file: " * (count - 2) + error.peer)
+                raise
             node.set_backing(below, owned=owned)
             if node.backing_replaced:
                 names.call_with_backing(node)
@@ -329,7 +351,7 @@ def _open_one(options: dict[str, Any], context: OpenContext, *, image: bool = Tr
         context.graph.check(name)
     driver = options.pop("driver", None)
     if driver is not None and not isinstance(driver, str):
-        raise UsageError("driver=… must be a name")
+        raise UsageError("driver=… must be a name").put("Must specify either driver or file")
     if driver is None and not image:
         return _open_protocol(None, options, context, name), None
     if driver is not None:
@@ -385,6 +407,8 @@ def _open_storage(options: dict[str, Any], context: OpenContext, driver: str | N
                 'A block device must be specified for "file"' if driver else "Must specify either driver or file"
             )
         given = {"filename": filename}
+    elif filename is not None and isinstance(given, dict) and "filename" not in given:
+        given = {**given, "filename": filename}
     elif filename is not None:
         raise UsageError("file and filename cannot both be given").put(
             "Cannot reference an existing block device with additional options or a new filename"
@@ -423,7 +447,8 @@ def _open_protocol(driver: str | None, options: dict[str, Any], context: OpenCon
     given = names.defining(options, descriptor) if set(options) != {"filename"} else options.copy()
     options = _typed(driver, "protocol", options, descriptor)
     node: Node = implementation.open(options, context)
-    node.full_options = {"driver": driver, **(given or {"filename": node.filename})}
+    if not node.full_options:
+        node.full_options = {"driver": driver, **(given or {"filename": node.filename})}
     try:
         _refuse_rest(driver, options)
         context.graph.add(node, name)
@@ -506,7 +531,9 @@ def _open_format(
                 found, more = _open_one(extra, below)
                 return found, True, more
             if reference is None:
-                raise UsageError("the image names no backing file: give backing.file.filename=PATH")
+                raise UsageError("the image names no backing file: give backing.file.filename=PATH").put(
+                    'A block device must be specified for "file"'
+                )
             found, more = _follow_one(context, "backing", reference.filename, reference.format, True, extra)
             return found, True, more
 
@@ -640,7 +667,9 @@ def _follow_one(
     return node, pending
 
 
-def _follow_storage(context: OpenContext, role: str, reference: str | dict[str, Any], readonly: bool) -> Node:
+def _follow_storage(
+    context: OpenContext, role: str, reference: str | dict[str, Any], readonly: bool, beside: bool
+) -> Node:
     """Open bare storage that an image names, if the gate agrees."""
     if isinstance(reference, dict):
         import json
@@ -648,8 +677,9 @@ def _follow_storage(context: OpenContext, role: str, reference: str | dict[str, 
         shown, options, path = "json:" + json.dumps(reference), dict(reference), None
     else:
         shown = reference
-        # QEMU takes such names as relative to where it runs; here they are relative to the image, like all others.
-        options, path = _resolve_name(reference, "" if context.gate.following else context.filename)
+        # QEMU takes such names as relative to where it runs, except for extents; here they are relative to the image, like
+        # all others.
+        options, path = _resolve_name(reference, "" if context.gate.following and not beside else context.filename)
     context.gate.check(context.filename, role, shown, path)
     if path is not None:
         _check_loop(context, role, path)
@@ -716,12 +746,14 @@ def _take_common(options: dict[str, Any], context: OpenContext) -> str:
     if "discard" in options:
         word = options.pop("discard")
         if word not in ("ignore", "off", "unmap", "on"):
-            raise UsageError(f"discard={word}: one of ignore, unmap is needed")
+            raise UsageError(f"discard={word}: one of ignore, unmap is needed").put("Invalid discard option")
         context.discard = word in ("unmap", "on")
     if "detect-zeroes" in options:
         word = options.pop("detect-zeroes")
         if word not in ("off", "on", "unmap"):
-            raise UsageError(f"detect-zeroes={word}: one of off, on, unmap is needed")
+            raise UsageError(f"detect-zeroes={word}: one of off, on, unmap is needed").put(
+                f"invalid parameter value: {word}"
+            )
         context.detect_zeroes = word
     if "cache" in options:
         cache = options.pop("cache")
@@ -788,6 +820,8 @@ def _checked(driver: str, kind: str, options: dict[str, Any], known: Sequence[Op
     except UsageError as error:
         if not error.peer:
             names = [option.name for option in known]
+            if "filename" in names and "filename" not in options:
+                error.put(f"The '{driver}' block driver requires a file name")
             unknown = next((name for name in options if name not in names), None)
             if unknown is not None:
                 error.put(

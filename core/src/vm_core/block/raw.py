@@ -48,11 +48,17 @@ class RawNode(ImageNode):
         if offset < 0 or (size is not None and size < 0):
             raise UsageError("raw: offset and size cannot be negative")
         if offset > file.size:
-            raise ImageError(file.filename, f"raw: offset {offset} is past the end of the file ({file.size} bytes)")
+            raise ImageError(
+                file.filename,
+                f"raw: offset {offset} is past the end of the file ({file.size} bytes)",
+                peer=f"Offset ({offset}) cannot be greater than size of the containing file ({file.size})",
+            )
         if size is not None and offset + size > file.size:
             raise ImageError(
                 file.filename,
                 f"raw: offset {offset} and size {size} reach past the end of the file ({file.size} bytes)",
+                peer=f"The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the  actual size of "
+                f"the containing file ({file.size})",
             )
         self.file = file
         self.filename = file.filename
@@ -69,11 +75,14 @@ class RawNode(ImageNode):
     @classmethod
     def open(cls, options: dict[str, Any], context: OpenContext) -> Node:
         file = context.open_file(options)
+        size = options.pop("size", None)
         try:
+            if size is not None and size % 512:
+                raise UsageError(f"raw: size={size} is no multiple of 512").put("Specified size is not multiple of 512")
             return cls(
                 file,
                 offset=int(options.pop("offset", 0)),
-                size=options.pop("size", None),
+                size=size,
                 readonly=context.readonly,
                 owned=context.owned(file),
             )
@@ -84,7 +93,8 @@ class RawNode(ImageNode):
 
     @classmethod
     def create(cls, file: Node, size: int, options: dict[str, Any]) -> None:
-        """Give *file* *size* bytes of zeroes."""
+        """Give *file* *size* bytes of zeroes, rounded up to sectors of 512."""
+        size = -(-size // 512) * 512
         preallocation = options.pop("preallocation", "off")
         file.truncate(size)
         if preallocation != "off" and size:

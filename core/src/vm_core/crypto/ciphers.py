@@ -298,8 +298,8 @@ _halves: dict[int, int] = {}
 def spread_tweaks(first: bytes) -> int:
     """The tweaks of all 32 blocks of sectors whose *first* ones are given, as one little-endian number.
 
-    First every other one, ``first · x^2k`` for k below 16, each in a lane of 256 bits and not yet reduced by the field's
-    polynomial ``x^128 + x^7 + x^2 + x + 1``; shifting those once more gives the ones between them.
+    First every other one, ``first · x^2k`` for k below 16, each in a lane of 256 bits and not yet reduced by the
+    field's polynomial ``x^128 + x^7 + x^2 + x + 1``; shifting those once more gives the ones between them.
     """
     count = len(first) // BLOCK
     half = _halves.get(count)

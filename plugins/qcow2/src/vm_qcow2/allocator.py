@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import errno
 from array import array
+from collections.abc import Sequence
 
 from vm_core.errors import BlockError
 
@@ -240,45 +241,90 @@ class Allocator:
         The new table and the blocks that count it go to the start of the first area that no block counts yet, where all
         clusters are free. Half as much again is added, so that this happens rarely.
         """
-        store, refcounts, geometry = self.store, self.refcounts, self.store.geometry
-        per_block, words = self._per_block, geometry.cluster_size // 8
-        area = (index + 1) * per_block
+        geometry = self.store.geometry
+        words = geometry.cluster_size // 8
+        area = (index + 1) * self._per_block
         blocks = self._blocks_for(area)
         entries = -(-(blocks + -(-blocks // 2)) // words) * words
+        numbers = range(index + 1, blocks)
+        self._move_table(area, numbers, entries, (index, cluster))
+
+    def cover(self, start: int, count: int) -> int:
+        """See to it that *count* free clusters behind *start* are covered by refcount blocks.
+
+        Nothing at *start* or behind it is in use. The blocks that are missing, and a new refcount table, go there; the
+        cluster after them is returned. Everything is stable. Raises BlockError.
+        """
+        words = self.store.geometry.cluster_size // 8
+        table = self.refcounts.table
+        missing: list[int] = []
+        clusters = 1
+        while True:
+            total = -(-(start + len(missing) + clusters + count) // self._per_block)
+            found = [index for index in range(total) if index >= len(table) or not table[index]]
+            needed = -(-max(total, 1) // words)
+            if len(found) == len(missing) and needed == clusters:
+                break
+            missing, clusters = found, needed
+        clusters = max(clusters, -(-self._last_block() // words))
+        self._move_table(start, missing, clusters * words, None)
+        return start + len(missing) + clusters
+
+    def _last_block(self) -> int:
+        """One more than the number of the last refcount block."""
+        table = self.refcounts.table
+        return next((index + 1 for index in range(len(table) - 1, -1, -1) if table[index]), 0)
+
+    def take(self, first: int, count: int) -> None:
+        """Take these clusters, which are free and covered by refcount blocks."""
+        self.metadata.check(first, count)
+        self.refcounts.set_run(first, count, 1)
+        self.fresh_from = max(self.fresh_from, first + count)
+
+    def _move_table(self, area: int, numbers: Sequence[int], entries: int, other: tuple[int, int] | None) -> None:
+        """Put new blocks *numbers* and after them a new table of *entries* entries to the free clusters from *area* on.
+
+        *other* is one more block, and the cluster at which it will be.
+        """
+        store, refcounts, geometry = self.store, self.refcounts, self.store.geometry
+        words = geometry.cluster_size // 8
         if entries * 8 > MAX_REFTABLE_BYTES:
             raise BlockError.of(errno.EFBIG, f"{store.name}: the refcount table cannot grow any more")
-        first_new = index + 1
         table_clusters = entries // words
-        new_blocks = blocks - first_new
+        new_blocks = len(numbers)
         used = new_blocks + table_clusters
         # Everything the old table counts becomes stable under the old table.
         refcounts.settle()
         old_first = store.header.refcount_table_offset >> geometry.cluster_bits
         old_count = store.header.refcount_table_clusters
         self.metadata.check(area, used)
-        refcounts.table.extend(array("Q", bytes(8 * (entries - len(refcounts.table)))))
-        length = len(refcounts.table)
+        former = refcounts.table[:]
+        refcounts.table.extend(array("Q", bytes(8 * max(entries - len(former), 0))))
         try:
-            refcounts.add_block(index, cluster << geometry.cluster_bits)
-            if cluster >> self._shift == index:
-                refcounts.set_run(cluster, 1, 1)
-            for number in range(new_blocks):
-                refcounts.add_block(first_new + number, area + number << geometry.cluster_bits)
+            if other is not None:
+                index, cluster = other
+                refcounts.add_block(index, cluster << geometry.cluster_bits)
+                if cluster >> self._shift == index:
+                    refcounts.set_run(cluster, 1, 1)
+            for position, number in enumerate(numbers):
+                refcounts.add_block(number, area + position << geometry.cluster_bits)
             refcounts.set_run(area, used, 1)
             written = refcounts.write_blocks()
+            del refcounts.table[entries:]
             table_offset = area + new_blocks << geometry.cluster_bits
             store.write_words(table_offset, refcounts.table)
             store.barrier()
         except BaseException:
-            refcounts.drop(index)
-            for number in range(new_blocks):
-                refcounts.drop(first_new + number)
-            del refcounts.table[old_count * words : length]
+            for number in (*numbers, *(() if other is None else (other[0],))):
+                refcounts.drop(number)
+            refcounts.forget_changes()
+            refcounts.table[:] = former
             raise
         for block in written:
             block.clean()
         refcounts.unlinked.clear()
-        self.metadata.add(area, new_blocks, REFCOUNT_BLOCK)
+        for position in range(new_blocks):
+            self.metadata.add(area + position, 1, REFCOUNT_BLOCK)
         self.metadata.add(area + new_blocks, table_clusters, REFCOUNT_TABLE)
         self.fresh_from = max(self.fresh_from, area + used)
         store.header.refcount_table_offset = table_offset

@@ -14,11 +14,14 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vm_core.block.structs import Record, u8, u16, u32, u64
+from vm_core.errors import ImageError
 
-from . import extensions, features
+from . import extensions, features, overlap
+from .bitmaparea import write_extension
 from .extensions import BitmapsExtension
 
 if TYPE_CHECKING:
@@ -254,8 +257,6 @@ class Bitmaps:
     def __init__(self, image: Qcow2) -> None:
         self.image = image
         self.entries: list[Bitmap] = []
-        #: Whether closing the image stores them.
-        self.live = False
         #: The directory on disk: place and bytes.
         self.directory_offset = 0
         self.directory_size = 0
@@ -410,16 +411,18 @@ class Bitmaps:
             if bitmap.enabled and not bitmap.inconsistent:
                 bitmap.mark(offset, length)
 
-    def check_resize(self) -> None:
-        """Raise ImageError where a bitmap is in the way of another virtual size."""
+    @contextmanager
+    def resizing(self) -> Iterator[None]:
+        """The virtual size changes meanwhile. Raises ImageError where a bitmap is in the way."""
         for bitmap in self.entries:
-            if bitmap.inconsistent:
-                self.find(bitmap.name)
-
-    def resized(self, size: int) -> None:
-        """The virtual size is *size* from now on; called before the image says so."""
+            self.find(bitmap.name)
         for bitmap in self.entries:
             bitmap.pieces()
+        try:
+            yield
+        finally:
+            for bitmap in self.entries:
+                bitmap.resize()
 
     # To disk
 
@@ -448,9 +451,7 @@ class Bitmaps:
 
     def _directory(self, *, in_use: bool) -> bytes:
         """*in_use* goes for those that are not anyway."""
-        return b"".join(
-            one.entry(in_use=in_use or one.inconsistent) for one in self.entries if one.table_offset
-        )
+        return b"".join(one.entry(in_use=in_use or one.inconsistent) for one in self.entries if one.table_offset)
 
     def _write(self, bitmap: Bitmap) -> None:
         """Bits and table to free clusters."""
@@ -472,7 +473,7 @@ class Bitmaps:
         bits = image.geometry.cluster_bits
         data = self._directory(in_use=in_use)
         count = -(-len(data) >> bits)
-        first = image.allocator.allocate_metadata(count, "bitmap directory") if count else 0
+        first = image.allocator.allocate_metadata(count, overlap.BITMAPS) if count else 0
         if count:
             store.write(first << bits, data)
         image.refcounts.settle()
@@ -497,9 +498,12 @@ class Bitmaps:
         discards: list[int] = []
         for offset, size, table in former:
             for entry in table:
-                if entry & ENTRY_OFFSET:
+                if entry & ENTRY_OFFSET and image.refcounts.get((entry & ENTRY_OFFSET) >> bits):
                     discards += image.allocator.free_now((entry & ENTRY_OFFSET) >> bits, 1)
-            image.allocator.free_now(offset >> bits, max(1, -(-size * 8 >> bits)))
+            count = max(1, -(-size * 8 >> bits))
+            # What a damaged directory points at may be nobody's; that is for the check to tell.
+            if all(image.refcounts.get((offset >> bits) + number) for number in range(count)):
+                image.allocator.free_now(offset >> bits, count)
         image.refcounts.settle()
         for cluster in discards:
             image.file.discard(cluster << bits, image.cluster_size)

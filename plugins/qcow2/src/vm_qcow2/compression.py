@@ -36,7 +36,7 @@ ZSTD_LEVEL = 3
 
 
 @cache
-def _inflater() -> tuple[Any, type[Exception]]:
+def _inflater() -> Any:
     """What makes decompressors: the fastest there is, and its exception."""
     try:
         from isal import isal_zlib

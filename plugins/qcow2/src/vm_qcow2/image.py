@@ -8,7 +8,7 @@ what reaches the disk is the business of ``order.py``.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vm_core.block.format import BackingReference, Format
@@ -34,6 +34,7 @@ from .tables import L2Table, Tables
 if TYPE_CHECKING:
     from vm_core.block.open import OpenContext
 
+    from .bitmaps import Bitmaps
     from .writing import Writer
 
 #: Incompatible features that are understood.
@@ -55,7 +56,7 @@ class Damage(NamedTuple):
     """What the map says of an L2 entry that means nothing: the table, and which entry."""
 
     table: L2Table
-    index: int
+    number: int
 
 
 class Qcow2(Format):
@@ -117,6 +118,15 @@ class Qcow2(Format):
         self.order.pass_discard = runtime.discard_request
         self.order.pass_discard_snapshot = runtime.discard_snapshot
         self.order.pass_discard_other = runtime.discard_other
+        self._bitmaps: Bitmaps | None = None
+        #: What is to be told to the user about them.
+        self.bitmap_warning = ""
+        if extensions.find(self.extensions, extensions.BITMAPS) is not None:
+            from .bitmaps import Bitmaps
+
+            self._bitmaps = Bitmaps(self)
+            self.bitmap_warning = self._bitmaps.read()
+        self.tracking = self._bitmaps is not None and not readonly and not check
         #: Host offsets below this are known to lie in the file.
         self._known_end = file.size
         if not readonly:
@@ -142,6 +152,8 @@ class Qcow2(Format):
         )
         if explicit and not image.has_data_file:
             raise ImageError(image.store.name, "'data-file' can only be set for images with an external data file")
+        if image.bitmap_warning:
+            context.warn(image.bitmap_warning)
         if any(snapshot.values()):
             image.snapshot_load(**snapshot)
         return image
@@ -183,13 +195,10 @@ class Qcow2(Format):
             header.autoclear_features &= features.KNOWN_AUTOCLEAR
             store.write_header("autoclear_features")
             store.barrier()
-        if not check and header.autoclear_features & features.BITMAPS:
-            # No bitmap is kept up to date here.
-            header.autoclear_features &= ~features.BITMAPS
-            store.write_header("autoclear_features")
-            store.barrier()
         if header.incompatible_features & features.DIRTY and not check:
             self._repair_dirty()
+        if self._bitmaps is not None and not check:
+            self._bitmaps.begin()
 
     def _repair_dirty(self) -> None:
         """A program died with lazy refcounts: count them anew."""
@@ -220,12 +229,54 @@ class Qcow2(Format):
             data["lazy-refcounts"] = bool(header.compatible_features & features.LAZY_REFCOUNTS)
             data["corrupt"] = bool(header.incompatible_features & features.CORRUPT)
             data["extended-l2"] = self.geometry.extended
+        if self._bitmaps is not None and self._bitmaps.entries:
+            data["bitmaps"] = list(self.bitmaps())
         return data
 
     @property
     def has_data_file(self) -> bool:
         """Whether guest data is in another file."""
         return bool(self.header.incompatible_features & features.DATA_FILE)
+
+    # Dirty bitmaps
+
+    def bitmaps(self) -> Sequence[dict[str, Any]]:
+        return [] if self._bitmaps is None else [one.info() for one in self._bitmaps.entries]
+
+    @property
+    def bitmap_set(self) -> Bitmaps:
+        """The bitmaps; their code is loaded when there are any or one is asked for."""
+        if self._bitmaps is None:
+            from .bitmaps import Bitmaps
+
+            self._bitmaps = Bitmaps(self)
+        return self._bitmaps
+
+    def bitmap_add(self, name: str, granularity: int | None = None, *, enabled: bool = True) -> None:
+        self.store.check_writable()
+        self.bitmap_set.add(name, granularity, enabled=enabled)
+        self.tracking = True
+
+    def bitmap_remove(self, name: str) -> None:
+        self.store.check_writable()
+        self.bitmap_set.remove(name)
+
+    def bitmap_clear(self, name: str) -> None:
+        self.bitmap_set.find(name).clear()
+
+    def bitmap_enable(self, name: str, *, enabled: bool = True) -> None:
+        self.bitmap_set.find(name).enabled = enabled
+
+    def bitmap_load(self, name: str) -> tuple[int, bytearray]:
+        found = self.bitmap_set.find(name)
+        return found.granularity, found.load()
+
+    def bitmap_merge(self, name: str, granularity: int, bits: bytes | bytearray) -> None:
+        self.bitmap_set.find(name).merge(granularity.bit_length() - 1, bits)
+
+    def written(self, offset: int, length: int) -> None:
+        assert self._bitmaps is not None
+        self._bitmaps.mark(offset, length)
 
     # Internal snapshots
 
@@ -439,17 +490,24 @@ class Qcow2(Format):
 
         resize(self, size)
 
+    def truncate_preallocated(self, size: int, mode: str) -> None:
+        from .resize import resize
+
+        resize(self, size, preallocation=mode)
+
     def reopen(self, *, readonly: bool) -> None:
         if readonly == self.readonly:
             return
         if readonly:
             if not self.store.corrupt:
+                self._store_bitmaps()
                 self.order.close()
         elif self.header.incompatible_features & features.CORRUPT:
             raise self.store.error("the image is marked as corrupt: it can only be opened read-only, or repaired")
         if self._external:
             self.data.reopen(readonly=readonly)
         self.readonly = self.store.readonly = readonly
+        self.tracking = self._bitmaps is not None and not readonly
         if not readonly:
             # Whoever had the image open for writing meanwhile may have changed the tables.
             self.tables.drop_clean()
@@ -459,7 +517,12 @@ class Qcow2(Format):
 
     def close(self) -> None:
         if not self.readonly and not self.store.corrupt:
+            self._store_bitmaps()
             self.order.close()
+
+    def _store_bitmaps(self) -> None:
+        if self._bitmaps is not None and self.tracking:
+            self._bitmaps.store()
 
     def check(self, *, repair: str = "") -> dict[str, Any]:
         from .check import check

@@ -67,7 +67,17 @@ def vm_format_drivers() -> list[FormatDriver]:
             name="qcow2",
             summary="QEMU's copy-on-write image format, versions 2 and 3",
             implementation="vm_qcow2.image:Qcow2",
-            capabilities={"backing", "check", "compress", "create", "measure", "resize", "snapshots", "write"},
+            capabilities={
+                "backing",
+                "check",
+                "compress",
+                "create",
+                "measure",
+                "resize",
+                "snapshots",
+                "bitmaps",
+                "write",
+            },
             signatures=(
                 Signature(0, b"QFI\xfb\0\0\0\x02"),
                 Signature(0, b"QFI\xfb\0\0\0\x03"),

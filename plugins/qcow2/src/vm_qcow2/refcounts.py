@@ -238,6 +238,11 @@ class Refcounts:
         for index in [index for index, block in self._blocks.items() if not block.dirty]:
             del self._blocks[index]
 
+    def forget_changes(self) -> None:
+        """Drop all blocks that differ from the disk: what was changed in them is given up."""
+        for index in [index for index, block in self._blocks.items() if block.dirty]:
+            del self._blocks[index]
+
     def drop(self, index: int) -> None:
         """Undo :meth:`add_block`."""
         self._blocks.pop(index, None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 from array import array
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from vm_core.block.mapping import Kind
@@ -16,25 +17,36 @@ from vm_core.errors import BlockError, UsageError
 
 from .geometry import MAX_L1_BYTES
 from .overlap import ACTIVE_L1
+from .preallocation import preallocate
 
 if TYPE_CHECKING:
     from .image import Qcow2
 
 
-def resize(image: Qcow2, size: int) -> None:
-    """Make *image* *size* bytes long. Raises UsageError where the format cannot."""
+def resize(image: Qcow2, size: int, *, preallocation: str = "off") -> None:
+    """Make *image* *size* bytes long; *preallocation* of what it gains. Raises UsageError where the format cannot."""
     store = image.store
     header = store.header
     store.check_writable()
     if size % 512:
-        raise UsageError("the size of a qcow2 image is a multiple of 512 bytes")
+        raise UsageError("The new size must be a multiple of 512")
     if size == header.size:
         return
+    if size < header.size and preallocation != "off":
+        raise UsageError("Preallocation can't be used for shrinking an image")
     if image.snapshot_table.entries and store.geometry.version < 3:
-        raise UsageError("an image of version 2 with internal snapshots cannot be resized")
-    if size < header.size:
-        _shrink(image, size)
-        return
+        raise UsageError("Can't resize a v2 image which has snapshots")
+    with image.bitmap_set.resizing() if image.bitmaps() else nullcontext():
+        if size < header.size:
+            _shrink(image, size)
+        else:
+            _grow(image, size, preallocation)
+
+
+def _grow(image: Qcow2, size: int, preallocation: str) -> None:
+    store = image.store
+    header = store.header
+    former = header.size
     entries = store.geometry.l1_entries_for(size)
     if entries * 8 > MAX_L1_BYTES:
         limit = (MAX_L1_BYTES // 8) << store.geometry.guest_bits
@@ -43,6 +55,17 @@ def resize(image: Qcow2, size: int) -> None:
         grow_l1(image, entries)
     _drop_from(image, header.size)
     image.order.write_back()
+    if store.geometry.external:
+        image.data.truncate(size)
+    if preallocation != "off":
+        # The size follows: what is interrupted half way is dropped when the image grows the next time.
+        header.size = size
+        try:
+            preallocate(image, former, size, preallocation)
+            image.order.write_back()
+        except BaseException:
+            header.size = former
+            raise
     header.size = size
     store.write_header("size")
     store.barrier()
@@ -57,6 +80,8 @@ def _shrink(image: Qcow2, size: int) -> None:
     _clear_tail(image, size)
     _drop_from(image, size)
     image.order.write_back()
+    if store.geometry.external:
+        image.data.truncate(size)
 
 
 def _clear_tail(image: Qcow2, size: int) -> None:

@@ -20,6 +20,7 @@ from vm_core.errors import BlockError
 
 from .entries import BadEntryError, Run, State, runs
 from .geometry import COPIED, MAX_REFTABLE_BYTES, OFFSET_MASK
+from .overlap import ACTIVE_L2, INACTIVE_L2
 
 if TYPE_CHECKING:
     from .image import Qcow2
@@ -88,6 +89,9 @@ class Tree:
             offset = entry & OFFSET_MASK
             if offset & self.geometry.cluster_size - 1:
                 raise self.store.mark_corrupt(f"L2 table offset {offset:#x} unaligned (L1 index: {index:#x})")
+            known = self.image.metadata.find(offset >> self.geometry.cluster_bits, 1) if offset else None
+            if known is not None and known[1] not in (ACTIVE_L2, INACTIVE_L2):
+                raise self.store.mark_corrupt(f"Preventing invalid write on metadata (overlaps with {known[1]})")
             if offset:
                 yield index, offset
 

@@ -121,6 +121,8 @@ def delete(image: Qcow2, name: str | None, id: str | None) -> None:
 def apply(image: Qcow2, name: str) -> None:
     """Go back to the snapshot of this id, or else of this name. Raises ImageError, BlockError."""
     _check(image)
+    if image.bitmaps():
+        raise ImageError(image.store.name, "Device has active dirty bitmaps")
     table = image.snapshot_table
     snapshot = table.by_id(name) or table.by_name(name)
     if snapshot is None:

@@ -98,10 +98,7 @@ class Tables:
 
     def absent(self, number: int, stop: int) -> int:
         """The first table from *number* to *stop* that is there."""
-        after = number
-        while after < stop and not self.directory[after] and after not in self._cache:
-            after += run_length(self.directory, after, stop, 0) if not self._new else 1
-        return after
+        return number + run_length(self.directory, number, stop, 0) if not self.directory[number] else number
 
     def _load(self, number: int) -> array[int]:
         place = self.directory[number]
@@ -153,6 +150,16 @@ class Tables:
         """The table has no place in the file yet."""
         return self.directory[number] in (0, self._empty)
 
+    def check_writable(self, number: int) -> None:
+        """Whether table *number* may be written where the redundant directory has it. Raises ImageError."""
+        if self.redundant is None:
+            return
+        place = self.redundant[number] * SECTOR
+        if place and (place + self.bytes > self.file.size or place == self.directory[number] * SECTOR):
+            raise ImageError(
+                self.name, f"redundant grain table {number} at {place:#x} lies where no table can be: not written to"
+            )
+
     def add(self, number: int, place: int, redundant: int | None) -> None:
         """Give a table that is missing a place (sectors) in the file."""
         table = self._cache.get(number)
@@ -200,6 +207,8 @@ class Tables:
         start = 0
         for number in numbers:
             place = directory[number] * SECTOR
+            if not place:
+                continue  # it has no redundant table
             if pending and (place != start + len(pending) * size or len(pending) >= 512):
                 self.file.write(start, pending)
                 pending = []

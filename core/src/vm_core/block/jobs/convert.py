@@ -29,6 +29,8 @@ from .zeroes import all_zero, data_runs
 
 #: The run of zeroes that is left out of the target (``-S``) where nothing else is asked for.
 SPARSE = 4096
+#: Bytes that are compressed as one piece of work.
+ENCODE_STEP = 512 * 1024
 #: Images smaller than this are not worth a second thread.
 SMALL = 4 * 1024 * 1024
 
@@ -128,6 +130,8 @@ class _Conversion:
         self.job = job
         self.warn = warn
         image = target if isinstance(target, FormatNode) else None
+        if image is not None and image.format.compressed_only:
+            options = self.options = options._replace(compressed=True)
         self.image = image
         #: Bytes that the target can leave out or must write at once.
         self.cluster = image.cluster_size if image is not None else 1
@@ -148,7 +152,7 @@ class _Conversion:
             self.job.start(sum(run.length for run in self._runs() if run.kind is Kind.DATA))
         if options.compressed:
             assert self.image is not None
-            grain, step = self.cluster, max(STEP, self.cluster)
+            grain, step = self.cluster, max(ENCODE_STEP, self.cluster)
             work = self._encode
         else:
             # With a backing image parts of clusters are the driver's business: what is not written shows through.

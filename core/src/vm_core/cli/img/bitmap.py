@@ -43,7 +43,7 @@ def run(args: list[str], tool: Tool) -> int:
         elif key == "F":
             source_format = value
         elif key == "g":
-            granularity = tool.size(value, "granularity", 1)
+            granularity = tool.size(value, "granularity")
         elif key == "object":
             tool.add_object(value)
         elif key == "image-opts":

@@ -204,12 +204,13 @@ class Tool:
         share: bool = False,
         backing: bool = True,
         check: bool = False,
+        exclusive: bool = False,
         **more: Any,
     ) -> Node:
         """Open the image *name* (with *image_opts* its options) as the peer does.
 
         *write* for writing, *share* is ``-U``, without *backing* the chain ends at the image, *check* opens damaged
-        images too. Raises Failure.
+        images too, *exclusive* lets nobody else write to it even if it is raw (convert). Raises Failure.
         """
         from ...block.cache import WRITEBACK
         from ...block.open import open_node
@@ -221,7 +222,7 @@ class Tool:
             spec: str | dict[str, Any] = self._image_opts(name) if image_opts else name
             if isinstance(spec, dict):
                 if share:
-                    if spec.get("force-share", "on") != "on":
+                    if spec.get("force-share", "on") not in ("on", True):
                         raise Failure("--force-share/-U conflicts with image options")
                     spec["force-share"] = "on"
             return open_node(
@@ -231,6 +232,7 @@ class Tool:
                 format=format,
                 gate=self.gate(),
                 share=share,
+                share_writes=not exclusive,
                 backing=backing,
                 check=check,
                 warn=self._open_warning,
@@ -242,11 +244,20 @@ class Tool:
             raise OpenFailure(f"Could not open '{shown}': {reason(error)}", error) from error
 
     def _image_opts(self, text: str) -> dict[str, Any]:
-        from ...options import split
+        from ...options import nest, split
 
-        options = split(text, "file")
-        if options.get("file") == text.partition(",")[0] and "=" not in text.partition(",")[0]:
-            return {"file": options["file"]}
+        first = text.partition(",")[0]
+        given = split(text if first.partition("=")[0] else text[len(first) + 1 :], "file")
+        options = nest(given)
+        driver = options.get("driver")
+        if "file" not in options and (driver is None or "filename" in options):
+            # As the peer has it, a file name alone names nothing.
+            if driver is None:
+                raise UsageError("Must specify either driver or file")
+            from ...plugins import drivers
+
+            if any(driver == one.name for one in drivers("format")):
+                raise UsageError('A block device must be specified for "file"')
         return options
 
     def _open_warning(self, text: str) -> None:

@@ -80,6 +80,7 @@ def run(args: list[str], tool: Tool) -> int:
                     format=given.format,
                     share=given.share,
                     cache=source_cache,
+                    exclusive=True,
                 )
             )
             for name in given.names

@@ -104,7 +104,7 @@ def _run(tool: Tool, words: list[str]) -> int:
         _LONG,
         exact=None if tool.peer else {"trust:": "trust", "progress:": "progress"},
         permute=False,
-        program=tool.program,
+        program=sys.argv[0] if tool.program == os.path.basename(sys.argv[0]) else tool.program,
     )
     for key, value in scan:
         if key == "h":

@@ -132,10 +132,6 @@ def _resolve(node: Node, start: int, end: int, depth: int) -> Iterator[Entry]:
         for run in node.map(start, stop - start):
             length = run.length
             position = run.offset + length
-            if position == node.size and position < end:
-                # The last sector counts whole.
-                length = min(end, -(-position // 512) * 512) - run.offset
-                position = run.offset + length
             kind = run.kind
             if kind is Kind.DATA or kind is Kind.SPECIAL:
                 host, file, zero = -1, "", False
@@ -156,7 +152,12 @@ def _resolve(node: Node, start: int, end: int, depth: int) -> Iterator[Entry]:
                 if inside < length:
                     yield Entry(run.offset + inside, length - inside, depth, False, True, False, -1, "")
     if position < end and position >= start:
-        yield Entry(position, end - position, depth, True, True, False, -1, "")
+        # The last sector counts whole; what a file lacks of it reads as zeroes.
+        tail = next(node.map(node.size - 1, 1), None) if node.transparent and node.size else None
+        host, file = -1, ""
+        if tail is not None and tail.storage is not None:
+            host, file = tail.host + 1, tail.storage.filename
+        yield Entry(position, end - position, depth, True, True, False, host, file)
 
 
 def _stored(storage: Node, owner: Node, offset: int, length: int, host: int, depth: int) -> Iterator[Entry]:
@@ -169,7 +170,9 @@ def _stored(storage: Node, owner: Node, offset: int, length: int, host: int, dep
             if inner is None or inner.storage is None or inner.length < length:
                 break
             storage, host = inner.storage, inner.host
-        yield Entry(offset, length, depth, True, False, True, host, storage.filename)
+        if storage.opaque:
+            host = -1
+        yield Entry(offset, length, depth, True, False, True, host, storage.filename if host >= 0 else "")
         return
     delta = offset - host
     for one in _resolve(storage, host, host + length, depth) if storage.transparent or storage.backing else ():
@@ -178,8 +181,6 @@ def _stored(storage: Node, owner: Node, offset: int, length: int, host: int, dep
         return
     for run in storage.map(host, length):
         span = run.length
-        if run.offset + span >= storage.size:
-            span = host + length - run.offset
         if run.kind is Kind.DATA:
             yield Entry(run.offset + delta, span, depth, True, False, True, run.offset, storage.filename)
         elif run.kind is Kind.SPECIAL:

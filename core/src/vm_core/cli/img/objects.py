@@ -20,7 +20,7 @@ TYPES: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
         ),
     ),
     "throttle-group": (
-        "vm_throttle.groups:add",
+        "vm_filters.groups:add",
         (("limits", "ThrottleLimits"),),
     ),
 }

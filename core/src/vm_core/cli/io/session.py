@@ -135,13 +135,10 @@ class Session:
             snapshot=how.snapshot,
             warn=_warn,
         )
-        if not how.copy_on_read:
-            return node
-        try:
-            return _copying_on_read(node)
-        except BaseException:
+        if how.copy_on_read and node.readonly:
             node.close()
-            raise
+            raise UsageError("Can't use copy-on-read on read-only device")
+        return node
 
     def close(self) -> None:
         """Finish what is on its way, and close the image."""
@@ -152,7 +149,9 @@ class Session:
             try:
                 node.close()
             except (VmError, OSError) as error:
-                self.tool.error(f"{node.filename}: {reason(error)}")
+                # The peer tells what of an image's metadata it could not write, and nothing else.
+                if not self.tool.peer or isinstance(error, VmError):
+                    self.tool.error(reason(error) if self.tool.peer else f"{node.filename}: {reason(error)}")
 
     def end(self) -> None:
         """The program ends."""
@@ -163,17 +162,6 @@ class Session:
 
 def _warn(text: str) -> None:
     sys.stderr.write(text + "\n")
-
-
-def _copying_on_read(node: Node) -> Node:
-    """*node* below a filter that keeps what is read. Raises UsageError, PluginError."""
-    from ...plugins import find
-
-    if node.readonly:
-        raise UsageError("Can't use copy-on-read on read-only device")
-    filter_class: Any = find("format", "copy-on-read").load()
-    made: Node = filter_class(node)
-    return made
 
 
 def parse_options(text: str, tool: Tool) -> dict[str, str]:

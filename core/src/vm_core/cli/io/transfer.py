@@ -144,6 +144,11 @@ def _reach(session: Session, offset: int, length: int) -> None:
 def _do_read(session: Session, node: Node, offset: int, buffers: Sequence[memoryview], length: int) -> None:
     _check(session, offset, length)
     if length:
+        if session.how.copy_on_read:
+            from ...block.formatnode import FormatNode
+
+            if isinstance(node, FormatNode):
+                node.copy_up(offset, length)
         node.read(offset, buffers)
 
 
@@ -174,11 +179,8 @@ def _do_write_compressed(session: Session, node: Node, offset: int, buffers: Seq
     from ...block.formatnode import FormatNode
 
     _check(session, offset, length)
-    if not isinstance(node, FormatNode) or not hasattr(node, "write_compressed"):
+    if not isinstance(node, FormatNode) or not node.can_compress:
         raise BlockError.of(errno.ENOTSUP)
-    unit = node.cluster_size
-    if offset % unit or (length % unit and offset + length != node.size):
-        raise BlockError.of(errno.EINVAL)
     node.write_compressed(offset, buffers)
     if session.writethrough and not session.how.no_flush:
         node.flush()
@@ -377,7 +379,7 @@ def write(session: Session, words: Sequence[str]) -> int:
         if "b" in flags:
             from .vmstate import write_state
 
-            write_state(node, offset, buffers, length)
+            write_state(node, offset, buffers)
             if session.writethrough and not session.how.no_flush:
                 node.flush()
         elif "z" in flags:

@@ -1,0 +1,100 @@
+"""Commands run and measured: wall time, processor time, peak memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import attrs
+
+from .interleave import interleave
+
+
+@attrs.frozen
+class Run:
+    """What one run of a command took."""
+
+    wall: float
+    #: Seconds of processor time, of all threads.
+    cpu: float
+    #: Peak resident memory, bytes.
+    memory: int
+
+
+#: Starts the command and tells what it took. A small process of its own: on Linux the peak memory of a program that a
+#: larger one has started is at least the larger one's.
+_LAUNCHER = """
+import os, sys, time
+begin = time.perf_counter()
+child = os.fork()
+if not child:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.execvp(sys.argv[1], sys.argv[1:])
+_, status, usage = os.wait4(child, 0)
+wall = time.perf_counter() - begin
+print(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, os.waitstatus_to_exitcode(status))
+"""
+
+
+def run(command: Sequence[str | Path]) -> Run:
+    """Run *command* to its end and measure it. Raises CalledProcessError where it fails."""
+    words = [str(word) for word in command]
+    launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, *words]
+    wall, cpu, memory, code = subprocess.run(launcher, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+    if int(code):
+        raise subprocess.CalledProcessError(int(code), words)
+    return Run(float(wall), float(cpu), int(memory))
+
+
+@attrs.frozen
+class Contest:
+    """The medians of the peer's runs and of ours."""
+
+    title: str
+    goal: float | None
+    peer: Run
+    ours: Run
+
+    @property
+    def ratio(self) -> float:
+        """Ours over theirs: below 1 is faster."""
+        return self.ours.wall / self.peer.wall
+
+    @property
+    def memory(self) -> float:
+        """The same of peak memory."""
+        return self.ours.memory / self.peer.memory
+
+
+def contest(
+    title: str,
+    goal: float | None,
+    peer: Sequence[str | Path],
+    ours: Sequence[str | Path],
+    *,
+    rounds: int,
+    before: Callable[[], None] = lambda: None,
+) -> Contest:
+    """Run two commands in turns, each after *before* (removing what the last one made, say)."""
+    runs: dict[str, list[Run]] = {"peer": [], "ours": []}
+
+    def contestant(name: str, command: Sequence[str | Path]) -> Callable[[], float]:
+        def work() -> float:
+            before()
+            runs[name].append(run(command))
+            return runs[name][-1].wall
+
+        return work
+
+    interleave({"peer": contestant("peer", peer), "ours": contestant("ours", ours)}, rounds)
+    return Contest(title, goal, _median(runs["peer"]), _median(runs["ours"]))
+
+
+def _median(runs: Sequence[Run]) -> Run:
+    from statistics import median
+
+    return Run(
+        median(run.wall for run in runs), median(run.cpu for run in runs), int(median(run.memory for run in runs))
+    )

@@ -1,0 +1,155 @@
+"""``blkverify``: an image under test and a raw one that is right; what they read must be the same.
+
+The first difference ends the program: whoever looks for a bug in a driver wants to see the images as they were when it
+struck. Requests go to both. See QEMU's *docs/devel/blkverify*.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from collections.abc import Mapping as Dict
+from typing import TYPE_CHECKING, Any, NoReturn, Self
+
+from vm_core.block import names
+from vm_core.block.mapping import Kind, Mapping
+from vm_core.block.node import Buffer, Node
+from vm_core.block.vectors import gather, scatter, total
+from vm_core.errors import ImageError
+
+if TYPE_CHECKING:
+    from vm_core.block.open import OpenContext
+
+
+def stop(text: str) -> NoReturn:
+    """End the program at once, with a message."""
+    sys.stdout.flush()
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+    os._exit(1)
+
+
+class Blkverify(Node):
+    """Reads from both and compares."""
+
+    driver = "blkverify"
+    is_protocol = True
+
+    def __init__(self, raw: Node, test: Node, *, owned: Sequence[Node] = ()) -> None:
+        self.raw = raw
+        self.test = test
+        self.readonly = raw.readonly or test.readonly
+        self.filename = f"blkverify:{raw.filename}:{test.filename}"
+        self._owned = list(owned)
+        self._closed = False
+
+    @classmethod
+    def parse_filename(cls, filename: str) -> dict[str, Any]:
+        """``blkverify:RAW:TEST``."""
+        raw, colon, test = filename.removeprefix("blkverify:").partition(":")
+        if not colon:
+            raise ImageError("", "blkverify requires raw copy and original image path")
+        return {"raw": {"filename": raw}, "test": {"filename": test}}
+
+    @classmethod
+    def open(cls, options: dict[str, Any], context: OpenContext) -> Self:
+        children: list[Node] = []
+        try:
+            for role in ("raw", "test"):
+                if role not in options:
+                    raise ImageError("", f'A block device must be specified for "{role}"')
+                children.append(context.open_given(role, options.pop(role), image=role == "test"))
+        except BaseException:
+            for node in context.owned(*children):
+                node.close()
+            raise
+        node = cls(children[0], children[1], owned=context.owned(*children))
+        node.readonly = node.readonly or context.readonly
+        node.full_options = {
+            "driver": cls.driver,
+            "raw": node.raw.full_options,
+            "test": node.test.full_options,
+        }
+        if any(child.filename.startswith("json:") for child in children):
+            node.filename = names.json_name(node.full_options)
+        return node
+
+    @property
+    def size(self) -> int:
+        return self.test.size
+
+    def read(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        length = total(buffers)
+        other = bytearray(length)
+        failures = []
+        for node, target in ((self.test, list(buffers)), (self.raw, [memoryview(other)])):
+            try:
+                node.read(offset, target)
+                failures.append(None)
+            except OSError as error:
+                failures.append(error)
+        self._compare_failures("read", offset, length, failures)
+        found = gather(buffers)
+        if found != other:
+            at = next(index for index in range(length) if found[index] != other[index])
+            stop(f"blkverify: read offset={offset} bytes={length} contents mismatch at offset {offset + at}")
+        scatter(found, buffers)
+
+    def write(self, offset: int, buffers: Sequence[Buffer], *, fua: bool = False) -> None:
+        if self.readonly:
+            raise self.read_only_error()
+        self._both("write", offset, total(buffers), lambda node: node.write(offset, buffers, fua=fua))
+
+    def zero(self, offset: int, length: int, *, unmap: bool = False, fua: bool = False) -> None:
+        if self.readonly:
+            raise self.read_only_error()
+        self._both("write", offset, length, lambda node: node.zero(offset, length, unmap=unmap, fua=fua))
+
+    def discard(self, offset: int, length: int) -> None:
+        """Nothing: what is read afterwards could be anything, and differ."""
+        if self.readonly:
+            raise self.read_only_error()
+
+    def _both(self, what: str, offset: int, length: int, act: Any) -> None:
+        failures: list[OSError | None] = []
+        for node in (self.test, self.raw):
+            try:
+                act(node)
+                failures.append(None)
+            except OSError as error:
+                failures.append(error)
+        self._compare_failures(what, offset, length, failures)
+
+    def _compare_failures(self, what: str, offset: int, length: int, failures: Sequence[OSError | None]) -> None:
+        codes = [0 if failure is None else -(failure.errno or 5) for failure in failures]
+        if codes[0] != codes[1]:
+            stop(f"blkverify: {what} offset={offset} bytes={length} return value mismatch {codes[0]} != {codes[1]}")
+        if failures[0] is not None:
+            raise failures[0]
+
+    def flush(self) -> None:
+        # Only the image under test has something of its own to bring to the disk.
+        self.test.flush()
+
+    def truncate(self, size: int) -> None:
+        raise ImageError("", "Image format driver does not support resize")
+
+    def map(self, offset: int, length: int) -> Iterator[Mapping]:
+        inside = max(0, min(length, self.size - offset))
+        if inside:
+            yield Mapping(Kind.DATA, offset, inside, self, offset, not self.readonly)
+        if inside < length:
+            yield Mapping(Kind.EOF, offset + inside, length - inside)
+
+    def children(self) -> Dict[str, Node]:
+        return {"raw": self.raw, "test": self.test}
+
+    def claim(self) -> None:
+        self.raw.claim()
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            for node in self._owned:
+                node.close()

@@ -1,0 +1,411 @@
+"""The driver: one open VMDK image.
+
+An image is a row of extents (``extent.py``, ``sparse.py``, ``sesparse.py``). Its descriptor says which: a file of its own
+that names the extents' files, or text embedded in the only extent, which then is all that counts. Every file that a
+descriptor names is opened through the gate, relative to the descriptor.
+
+The content ID in the descriptor changes with the first write after opening, so that children notice. No run is told to
+be writable before; so the first write of any kind comes to :meth:`Vmdk.allocate`.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vm_core.block.format import BackingReference, Format
+from vm_core.block.mapping import Allocation, Kind, Mapping
+from vm_core.errors import BlockError, ImageError
+
+from . import chain
+from .descriptor import FLAT_TYPES, MAX_LENGTH, NO_PARENT, Descriptor, ExtentLine
+from .extent import Extent, FlatExtent, NoAccessExtent, ZeroExtent, at
+from .header import COWD_MAGIC, MAGIC, SECTOR, SparseHeader
+from .sparse import SparseExtent, cowd_geometry, hosted_geometry, pack_grain, read_header
+
+if TYPE_CHECKING:
+    from vm_core.block.node import Node
+    from vm_core.block.open import OpenContext
+
+#: ``createType`` of images whose extents are those of the descriptor. What kind each extent is, its line says.
+_TYPES = frozenset(
+    name.lower()
+    for name in (
+        "monolithicSparse",
+        "monolithicFlat",
+        "streamOptimized",
+        "twoGbMaxExtentSparse",
+        "twoGbMaxExtentFlat",
+        "2GbMaxExtentSparse",
+        "2GbMaxExtentFlat",
+        "vmfs",
+        "vmfsThin",
+        "vmfsPreallocated",
+        "vmfsEagerZeroedThick",
+        "vmfsSparse",
+        "seSparse",
+        "custom",
+        "fullDevice",
+        "partitionedDevice",
+    )
+)
+
+#: Largest virtual size: what fits into an offset.
+_MAX_SIZE = (1 << 63) - SECTOR
+
+
+class Vmdk(Format):
+    """One open image."""
+
+    def __init__(
+        self, file: Node, name: str, descriptor: Descriptor, place: int, extents: Sequence[Extent], *, readonly: bool
+    ) -> None:
+        """*place* is where in *file* the descriptor's text begins."""
+        self.file = file
+        self.readonly = readonly
+        self.name = name
+        self.descriptor = descriptor
+        self.extents = list(extents)
+        self._place = place
+        self._starts = [extent.start for extent in self.extents]
+        self._size = self.extents[-1].end if self.extents else 0
+        self._touched = False
+        self._parent: Node | None = None
+        self._parent_reason: str | None = None
+        self._children: dict[str, Node] = {}
+        grains = [extent.grain for extent in self.extents if extent.grain]
+        self.cluster_size = max(grains, default=1)
+        if any(extent.start % extent.grain or self.cluster_size % extent.grain for extent in self.extents if extent.grain):
+            # Grains that do not lie at multiples of any one number: whatever is done is done to the whole image.
+            self.cluster_size = max(self._size, 1)
+        self.special_unit = max([extent.grain for extent in self.extents if extent.compressed], default=None)
+        self.compressed_only = any(extent.compressed for extent in self.extents)
+        self.transparent = all(isinstance(extent, FlatExtent) for extent in self.extents) and bool(self.extents)
+
+    # Opening
+
+    @classmethod
+    def open(cls, file: Node, options: dict[str, Any], context: OpenContext) -> Vmdk:
+        name = context.filename or file.filename
+        size = file.size
+        if not size:
+            raise ImageError(name, "File is too small, not a valid image")
+        magic = file.pread(0, min(size, 4))
+        if magic == MAGIC:
+            found = _open_monolithic(file, name, context)
+        elif magic == COWD_MAGIC:
+            cowd_geometry(file, name)
+            raise ImageError(
+                name,
+                "this is an extent of an image, not a whole one: open the descriptor that names it",
+                peer=f"Could not open '{name}': Invalid argument",
+            )
+        else:
+            found = _open_descriptor(file, name, 0, file.pread(0, min(size, MAX_LENGTH + 1)), context)
+        hint = found.descriptor.parent_hint
+        if hint:
+            found.backing_reference = BackingReference(chain.find_parent(found.descriptor, name, context), "vmdk")
+        if not found.readonly:
+            found.load_for_writing()
+        return found
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    @property
+    def content_id(self) -> int:
+        """``CID``: changes with the first write after the image is opened."""
+        return self.descriptor.cid or 0
+
+    def children(self) -> dict[str, Node]:
+        return self._children
+
+    def load_for_writing(self) -> None:
+        """Read what only writing needs. Raises ImageError."""
+        for extent in self.extents:
+            extent.load_for_writing()
+
+    def backing_changed(self, node: Node | None) -> None:
+        self._parent = node
+        self._parent_reason = None
+
+    # Reading
+
+    def map(self, offset: int, length: int) -> Iterable[Mapping]:
+        writable = self._touched and not self.readonly
+        pending: Mapping | None = None
+        for extent, start, stop in at(self.extents, self._starts, offset, length):
+            for run in extent.runs(start, stop, writable):
+                if run.kind is Kind.UNALLOCATED and self._parent is not None:
+                    self._check_parent()
+                if pending is None:
+                    pending = run
+                elif _adjoins(pending, run):
+                    pending = pending._replace(length=pending.length + run.length)
+                else:
+                    yield pending
+                    pending = run
+        if pending is not None:
+            yield pending
+
+    def map_cached(self, offset: int, length: int) -> Sequence[Mapping] | None:
+        if all(extent.cached(start, stop) for extent, start, stop in at(self.extents, self._starts, offset, length)):
+            return list(self.map(offset, length))
+        return None
+
+    def _check_parent(self) -> None:
+        """The parent has to be what it was when this image was made. Raises BlockError (EINVAL, as in QEMU)."""
+        if self._parent_reason is None:
+            assert self._parent is not None
+            self._parent_reason = chain.check_parent(self.descriptor, self._parent)
+        if self._parent_reason:
+            raise BlockError.of(errno.EINVAL)
+
+    def read_special(self, mapping: Mapping) -> bytes:
+        extent, place, index = mapping.token
+        data: bytes = extent.read_special(place, index)
+        start = mapping.offset - extent.start - index * extent.grain
+        return data if not start and mapping.length == len(data) else data[start : start + mapping.length]
+
+    # Writing
+
+    def _touch(self) -> None:
+        """The first write is about to happen: a new content ID."""
+        if self._touched:
+            return
+        new = self.descriptor.new_cid()
+        if new is not None:
+            at_byte, digits, _ = new
+            self.file.pwrite(self._place + at_byte, digits)
+        self._touched = True
+
+    def _parts(self, offset: int, length: int) -> Iterator[tuple[Extent, int, int]]:
+        """The extents that a write touches. Raises BlockError where one cannot be written."""
+        parts = list(at(self.extents, self._starts, offset, length))
+        for extent, _, _ in parts:
+            if extent.readonly:
+                raise BlockError.of(errno.EACCES, f"{self.name}: the descriptor says that an extent is read-only")
+        self._touch()
+        return iter(parts)
+
+    def allocate(self, offset: int, length: int) -> Sequence[Allocation]:
+        return [one for extent, start, stop in self._parts(offset, length) for one in extent.allocate(start, stop)]
+
+    def commit(self, allocations: Sequence[Allocation]) -> None:
+        for one in allocations:
+            one.token.commit(one)
+
+    def abort(self, allocations: Sequence[Allocation]) -> None:
+        """Grains that no table knows are lost space at the worst: what is behind them may be in use already."""
+
+    def zero(self, offset: int, length: int, *, unmap: bool) -> bool:
+        parts = list(at(self.extents, self._starts, offset, length))
+        if not all(extent.can_zero(start, stop) for extent, start, stop in parts):
+            return False
+        self._touch()
+        for extent, start, stop in parts:
+            extent.zero(start, stop, unmap=unmap)
+        return True
+
+    def encode(self, offset: int, data: bytes | memoryview) -> bytes | None:
+        from .compression import deflate
+
+        extent, start, _ = next(at(self.extents, self._starts, offset, 1))
+        if not extent.compressed:
+            return None
+        return pack_grain(start // SECTOR, deflate(data))
+
+    def allocate_encoded(self, offset: int, length: int) -> Allocation:
+        for extent, start, _ in self._parts(offset, 1):
+            if isinstance(extent, SparseExtent):
+                return extent.allocate_encoded(start, length)
+        raise BlockError.of(errno.EINVAL)
+
+    # The whole image
+
+    def flush(self) -> None:
+        if self.readonly:
+            return
+        for extent in self.extents:
+            extent.flush()
+        self.file.flush()
+
+    def reopen(self, *, readonly: bool) -> None:
+        if not readonly:
+            _check_writable(self.extents, self.name)
+            for node in self._children.values():
+                node.reopen(readonly=False)
+            self.load_for_writing()
+        else:
+            self.flush()
+            for node in self._children.values():
+                node.reopen(readonly=True)
+        self.readonly = readonly
+        self._touched = False
+
+    def close(self) -> None:
+        """All that has to be written was, by the flush before."""
+
+    def info(self) -> dict[str, Any]:
+        parent = self.descriptor.parent_cid
+        return {
+            "create-type": self.descriptor.create_type,
+            "cid": self.content_id,
+            "parent-cid": NO_PARENT if parent is None else parent,
+            "extents": [extent.info() for extent in self.extents],
+        }
+
+    def check(self, *, repair: str = "") -> dict[str, Any]:
+        from .check import check
+
+        return check(self, repair=repair)
+
+    @classmethod
+    def create(cls, file: Node, size: int, options: dict[str, Any]) -> None:
+        from .create import create
+
+        create(file, size, options)
+
+
+def _adjoins(one: Mapping, two: Mapping) -> bool:
+    return (
+        one.kind is two.kind
+        and one.kind is not Kind.SPECIAL
+        and one.storage is two.storage
+        and (one.host < 0 if two.host < 0 else one.host + one.length == two.host)
+        and one.writable == two.writable
+    )
+
+
+def _open_monolithic(file: Node, name: str, context: OpenContext) -> Vmdk:
+    """A sparse extent with a descriptor in it."""
+    head = SparseHeader.parse(file.pread(0, SECTOR))
+    place, length = chain.embedded_place(head, file.size)
+    text = file.pread(place, length)
+    if not head.capacity:
+        # Nothing but a descriptor, of extents elsewhere; or an image of no size.
+        found = _open_descriptor(file, name, place, text, context)
+        return found
+    geometry = hosted_geometry(file, name, read_header(file, name) if head.version <= 3 else head)
+    readonly = context.readonly
+    if geometry.version >= 3 and not geometry.compressed and not readonly:
+        readonly = _only_readable("VMDK version 3 must be read only", name, context)
+    extent = SparseExtent(0, file, file.filename, geometry, type="", name=name)
+    _check_size([extent], name)
+    descriptor = _parse(text, name)
+    return Vmdk(file, name, descriptor, place, [extent], readonly=readonly)
+
+
+def _parse(text: bytes, name: str) -> Descriptor:
+    descriptor = Descriptor(text, name)
+    if descriptor.cid is None:
+        raise ImageError(
+            name,
+            "there is no descriptor with a content ID (CID) in it; an extent of a split image is opened by its descriptor",
+            peer=f"Could not open '{name}': Invalid argument",
+        )
+    return descriptor
+
+
+def _open_descriptor(file: Node, name: str, place: int, text: bytes, context: OpenContext) -> Vmdk:
+    """A descriptor that names its extents' files."""
+    if len(text) > MAX_LENGTH:
+        raise ImageError(
+            name,
+            f"a descriptor of more than {MAX_LENGTH} bytes is not read",
+            peer=f"Could not open '{name}': Invalid argument",
+        )
+    descriptor = Descriptor(text, name)
+    kind = descriptor.create_type
+    if not kind:
+        raise ImageError(name, "invalid VMDK image descriptor")
+    if kind.lower() not in _TYPES:
+        raise ImageError(name, f"Unsupported image type '{kind}'")
+    lines = descriptor.extents()
+    if place:
+        # An image of no size has nothing but itself as an extent.
+        lines = [line for line in lines if line.sectors]
+    extents: list[Extent] = []
+    children: dict[str, Node] = {}
+    readonly = context.readonly
+    for line in lines:
+        start = extents[-1].end if extents else 0
+        extent = _open_extent(line, start, len(children), children, name, context, readonly)
+        extents.append(extent)
+    _check_size(extents, name)
+    if not readonly:
+        try:
+            _check_writable(extents, name)
+        except ImageError as error:
+            readonly = _only_readable(error.reason, name, context)
+    descriptor = _parse(text, name)
+    image = Vmdk(file, name, descriptor, place, extents, readonly=readonly)
+    image._children = children
+    return image
+
+
+def _open_extent(
+    line: ExtentLine,
+    start: int,
+    number: int,
+    children: dict[str, Node],
+    name: str,
+    context: OpenContext,
+    readonly: bool,
+) -> Extent:
+    length = line.sectors * SECTOR
+    if line.type == "ZERO":
+        return ZeroExtent(start, length)
+    if line.access == "NOACCESS":
+        return NoAccessExtent(start, length, line.type)
+    role = f"extents.{number}"
+    protected = line.access == "RDONLY"
+    node = context.open_child(
+        role, line.filename, storage=True, beside=True, readonly=readonly or protected or line.type == "SESPARSE"
+    )
+    children[role] = node
+    shown = node.filename
+    if line.type in FLAT_TYPES:
+        offset = line.offset * SECTOR
+        return FlatExtent(start, length, node, shown, type=line.type, offset=offset, readonly=protected)
+    if line.type == "SESPARSE":
+        from .sesparse import SeSparseExtent
+
+        return SeSparseExtent(start, node, shown, type=line.type, name=name)
+    magic = node.pread(0, min(node.size, 4))
+    if magic == MAGIC:
+        geometry = hosted_geometry(node, name, read_header(node, name))
+        if geometry.version >= 3 and not geometry.compressed and not readonly:
+            protected = _only_readable("VMDK version 3 must be read only", name, context)
+    elif magic == COWD_MAGIC:
+        geometry = cowd_geometry(node, name)
+    else:
+        raise ImageError(name, "Image not in VMDK format")
+    sparse = SparseExtent(start, node, shown, geometry, type=line.type, name=name, cowd=magic == COWD_MAGIC)
+    sparse.readonly = protected
+    return sparse
+
+
+def _check_writable(extents: Sequence[Extent], name: str) -> None:
+    for extent in extents:
+        if extent.type == "SESPARSE":
+            raise ImageError(name, "No write support for seSparse images available")
+
+
+def _only_readable(reason: str, name: str, context: OpenContext) -> bool:
+    """An image that cannot be written is opened read-only where that will do. Raises ImageError with *reason*."""
+    if not context.auto_readonly:
+        raise ImageError(name, reason)
+    context.readonly = True
+    return True
+
+
+def _check_size(extents: Sequence[Extent], name: str) -> None:
+    if extents and extents[-1].end > _MAX_SIZE:
+        raise ImageError(
+            name,
+            f"a virtual size of {extents[-1].end} bytes is more than an image can have",
+            peer="Could not refresh total sector count: File too large",
+        )

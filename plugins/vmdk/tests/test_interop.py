@@ -1,0 +1,174 @@
+"""Images written here and by the peer in turns, against a bytearray; and the same changes to two images."""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vm_core.block.extents import walk
+from vm_core.block.mapping import Kind
+from vm_core.block.open import create_image, open_node
+from vm_core.testing.qemu import LONG, Qemu, take_turns
+
+MIB = 1 << 20
+
+#: Each subformat with what it can be combined with.
+VARIANTS: list[dict[str, Any]] = [
+    {"subformat": "monolithicSparse"},
+    {"subformat": "monolithicSparse", "zeroed_grain": True},
+    {"subformat": "monolithicFlat"},
+    {"subformat": "twoGbMaxExtentSparse"},
+    {"subformat": "twoGbMaxExtentSparse", "zeroed_grain": True},
+    {"subformat": "twoGbMaxExtentFlat"},
+]
+
+
+def name(options: dict[str, Any]) -> str:
+    return "-".join(str(value) for value in options.values())
+
+
+def without_cid(data: bytes) -> bytes:
+    """An image's bytes without what is random in them."""
+    text, mark, rest = data.partition(b"# Extent description")
+    shorter = re.sub(rb"CID=[0-9a-f]{1,8}\n", b"CID=\n", text)
+    return shorter + mark + rest.rstrip(b"\0") if len(data) < 65536 else _same_length(data)
+
+
+def _same_length(data: bytes) -> bytes:
+    found = re.search(rb"CID=([0-9a-f]{1,8})\n", data)
+    if found is None:
+        return data
+    end = data.index(b"\0", found.start())
+    return data[: found.start()] + data[found.end() : end] + b"\0" * (found.end() - found.start()) + data[end:]
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "theirs"])
+@pytest.mark.parametrize("options", VARIANTS, ids=name)
+@pytest.mark.parametrize("seed", range(20 if LONG else 1))
+def test_turns(tmp_path: Path, qemu: Qemu, options: dict[str, Any], ours: bool, seed: int) -> None:
+    """Whoever made the image and whoever wrote last: both read the same, and the peer finds it sound."""
+    path = tmp_path / "disk.vmdk"
+    size = 5 * MIB + 1536
+    if ours:
+        create_image(str(path), "vmdk", size, options)
+    else:
+        qemu.create(path, size, options)
+    take_turns(qemu, path, bytearray(size), random.Random(seed), 40 if LONG else 8)
+
+
+@pytest.mark.parametrize("options", [one for one in VARIANTS if "Sparse" in one["subformat"]], ids=name)
+@pytest.mark.parametrize("seed", range(20 if LONG else 2))
+def test_grains_lie_where_the_peer_puts_them(
+    tmp_path: Path, qemu: Qemu, options: dict[str, Any], seed: int
+) -> None:
+    """After the same writes, with the image opened anew between them, both images have the same bytes."""
+    chance = random.Random(seed)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    ours, theirs = tmp_path / "a/d.vmdk", tmp_path / "b/d.vmdk"
+    size = 90 * MIB
+    create_image(str(ours), "vmdk", size, options)
+    qemu.create(theirs, size, options)
+    for _ in range(4):
+        commands = []
+        with open_node(str(ours), readonly=False) as node:
+            for _ in range(12):
+                length = chance.choice([512, 4096, MIB, 3 * MIB + 512])
+                offset = chance.randrange(size - length) // 512 * 512
+                if "zeroed_grain" in options and chance.random() < 0.2:
+                    offset, length = offset // 65536 * 65536, max(length // 65536 * 65536, 65536)
+                    commands.append(f"write -z {offset} {length}")
+                    node.zero(offset, length)
+                    continue
+                value = chance.randrange(1, 256)
+                commands.append(f"write -P {value} {offset} {length}")
+                node.pwrite(offset, bytes([value]) * length)
+        qemu.io(theirs, *commands)
+    for one in sorted((tmp_path / "a").iterdir()):
+        mine, other = one.read_bytes(), (tmp_path / "b" / one.name).read_bytes()
+        assert without_cid(mine) == without_cid(other), one.name
+
+
+@pytest.mark.parametrize("seed", range(20 if LONG else 2))
+def test_streams_are_written_by_both(tmp_path: Path, qemu: Qemu, seed: int) -> None:
+    """Grains of a stream-optimized image, compressed here and by the peer in turns, each once."""
+    chance = random.Random(seed)
+    path = tmp_path / "disk.vmdk"
+    size = 40 * MIB + 512
+    create_image(str(path), "vmdk", size, {"subformat": "streamOptimized"})
+    model = bytearray(-(-size // 65536) * 65536)
+    places = list(range(0, size, 65536))
+    chance.shuffle(places)
+    while places:
+        mine, places = places[:40], places[40:]
+        with open_node(str(path), readonly=False) as node:
+            for offset in mine:
+                data = (chance.randbytes(700) * 100)[:65536]
+                data = data[: min(65536, size - offset)]
+                node.pwrite(offset, data)
+                model[offset : offset + len(data)] = data
+            with pytest.raises(OSError, match="Could not write to allocated cluster for streamOptimized"):
+                node.pwrite(mine[0], bytes([1]) * min(65536, size - mine[0]))
+            with pytest.raises(OSError, match="Invalid argument"):
+                node.pwrite(512, b"x" * 512)
+        commands = []
+        theirs, places = places[:40], places[40:]
+        for offset in theirs:
+            length, value = min(65536, size - offset), chance.randrange(1, 256)
+            commands.append(f"write -P {value} {offset} {length}")
+            model[offset : offset + length] = bytes([value]) * length
+        if commands:
+            qemu.io(path, *commands)
+        with open_node(str(path)) as node:
+            assert node.pread(0, size) == model[:size]
+        assert qemu.read(path) == model[:size]
+        qemu.sound(path)
+
+
+@pytest.mark.parametrize(
+    "options", [{"subformat": "streamOptimized"}, {"subformat": "monolithicSparse"}], ids=name
+)
+def test_convert_by_the_peer_and_here_give_equal_images(tmp_path: Path, qemu: Qemu, options: dict[str, Any]) -> None:
+    """A raw image converted here has the grains in the same places as one converted by the peer."""
+    from vm_core.block.jobs.convert import convert
+
+    chance = random.Random(1)
+    raw = tmp_path / "a.raw"
+    pieces = [chance.choice([bytes(65536), bytes([chance.randrange(256)]) * 65536]) for _ in range(400)]
+    raw.write_bytes(b"".join(pieces))
+    theirs, ours = tmp_path / "theirs.vmdk", tmp_path / "ours.vmdk"
+    qemu.img("convert", "-f", "raw", "-O", "vmdk", "-o", f"subformat={options['subformat']}", raw, theirs)
+    create_image(str(ours), "vmdk", len(pieces) * 65536, options)
+    with open_node(str(raw), format="raw") as source, open_node(str(ours), readonly=False) as target:
+        convert([source], target)
+    assert qemu.read(ours) == raw.read_bytes()
+    qemu.sound(ours)
+    with open_node(str(theirs)) as one, open_node(str(ours)) as two:
+        assert [run[:3] for run in walk(one)] == [run[:3] for run in walk(two)]
+        if options["subformat"] != "streamOptimized":
+            assert [run.host for run in walk(one)] == [run.host for run in walk(two)]
+
+
+def test_runs_are_long(tmp_path: Path, qemu: Qemu) -> None:
+    """A gigabyte written in order is one run, across grain tables."""
+    path = tmp_path / "disk.vmdk"
+    qemu.create(path, "2G")
+    qemu.io(path, *[f"write -z {start}M 512M" for start in (0, 512)])
+    with open_node(str(path)) as node:
+        runs = [(run.kind, run.length) for run in node.map(0, node.size)]
+    assert runs == [(Kind.DATA, 1 << 30), (Kind.UNALLOCATED, 1 << 30)]
+
+
+def test_flat_images_tell_their_holes(tmp_path: Path, qemu: Qemu) -> None:
+    """What was never written to a flat image is known without reading it."""
+    path = tmp_path / "disk.vmdk"
+    qemu.create(path, "5G", {"subformat": "twoGbMaxExtentFlat"})
+    qemu.io(path, "write -P 1 3G 64k")
+    with open_node(str(path)) as node:
+        data = [extent for extent in walk(node) if extent.kind is Kind.DATA]
+    assert sum(extent.length for extent in data) < 4 * MIB
+    assert any(extent.offset <= 3 << 30 < extent.end for extent in data)

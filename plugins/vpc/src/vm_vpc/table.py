@@ -1,0 +1,147 @@
+"""The block allocation table, and the order in which everything reaches the disk.
+
+A block is a bitmap of its sectors and then its data; the table gives the sector at which that begins. New blocks go
+where the footer is, which moves behind them. So between two flushes the footer at the end of the file may be
+overwritten with data: its copy at the start of the file is there for that.
+
+The order of a flush:
+
+1. Sector bitmaps that tell about sectors in blocks which the table names already wait for the data: a **barrier**.
+2. The bitmaps, and the footer behind the last block. A **barrier**: what the table will name is on the disk.
+3. The sectors of the table that changed, and a last **barrier**.
+
+At every instant each block that the table on disk names is full of what its bitmap says. A power cut before step 3
+costs space that nobody uses.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import NamedTuple
+
+from vm_core.block.node import Node
+from vm_core.block.tables import dump, load, runs
+from vm_core.errors import ImageError
+
+from .footer import FOOTER_LENGTH, HEADER_LENGTH, SECTOR, DynamicHeader, Footer, footer_at_end, seal, sealed
+from .image import truncated
+
+#: An entry of the table that names no block.
+UNUSED = 0xFFFFFFFF
+#: Entries in a sector of the table.
+_PER_SECTOR = SECTOR // 4
+
+
+class Space(NamedTuple):
+    """Host space of a new block: where its bitmap begins, and whether its data is known to read as zeroes."""
+
+    start: int
+    zeroed: bool
+
+
+class Table:
+    """The table in memory, the end of the blocks, and writing back."""
+
+    def __init__(self, file: Node, name: str, footer: Footer, header: DynamicHeader, metadata: int = 0) -> None:
+        """Read the table and check it. Nothing is put below *metadata*, nor on the headers. Raises ImageError."""
+        self.file = file
+        self.name = name
+        self.footer = footer
+        self.offset = header.table_offset
+        count = header.max_table_entries
+        self.entries: array[int] = load("I", file.pread(self.offset, 4 * count), "big")
+        self.block_size = header.block_size
+        #: Bytes of a bitmap: one bit a sector, in whole sectors.
+        self.bitmap_size = -(-header.block_size // (8 * SECTOR * SECTOR)) * SECTOR
+        #: Bytes of a block with its bitmap.
+        self.stride = self.bitmap_size + self.block_size
+        table_end = self.offset + 4 * count
+        #: Where the next block goes.
+        self.end = -(-max(table_end, footer.data_offset + HEADER_LENGTH, metadata) // SECTOR) * SECTOR
+        top = max((entry for entry in self.entries if entry != UNUSED), default=None)
+        if top is not None:
+            self.end = max(self.end, top * SECTOR + self.stride)
+        if self.end > -(-file.size // SECTOR) * SECTOR:
+            raise truncated(name)
+        #: Sectors of the table that differ from those on disk.
+        self._dirty: set[int] = set()
+        #: The footer has to be written behind the last block.
+        self._moved = False
+        #: Blocks that were given back and are not the last.
+        self._free: list[int] = []
+
+    def prepare_writing(self) -> None:
+        """Raise ImageError where a write could destroy what another entry or the metadata holds.
+
+        A footer that is missing or broken at the end of the file is put back with the next flush.
+        """
+        end = footer_at_end(self.file)
+        self._moved = end is None or not sealed(end[1], 64)
+        used = sorted(entry for entry in self.entries if entry != UNUSED)
+        step = self.stride // SECTOR
+        first, last = self.offset // SECTOR, -(-(self.offset + 4 * len(self.entries)) // SECTOR)
+        for one in used:
+            if one == 0 or (one < last and one + step > first):
+                raise self._damaged(f"sector {one}, where metadata is")
+            if one >= last:
+                break
+        for one, two in pairwise(used):
+            if two - one < step:
+                raise self._damaged(f"overlapping blocks at sectors {one} and {two}")
+
+    def _damaged(self, what: str) -> ImageError:
+        return ImageError(self.name, f"the block allocation table names {what}: open it read-only")
+
+    def take(self) -> Space:
+        """Host space for one block. The file reaches to its end afterwards. Raises OSError where it cannot."""
+        size = self.file.size
+        if self._free:
+            start = self._free.pop(0)
+        else:
+            start = self.end
+            after = start + self.stride
+            if after // SECTOR > UNUSED:
+                raise ImageError(self.name, "the image has grown as large as a VHD file can be (2 TiB)")
+            if size < after:
+                self.file.truncate(after)
+            self.end = after
+            self._moved = True
+        return Space(start, start + self.bitmap_size >= size)
+
+    def give_back(self, starts: Iterable[int]) -> None:
+        """Blocks of :meth:`take` that will not be used."""
+        self._free.extend(starts)
+        self._free.sort()
+        while self._free and self._free[-1] + self.stride == self.end:
+            self.end = self._free.pop()
+            self._moved = True
+
+    def enter(self, index: int, start: int) -> None:
+        """Have guest block *index* be the block at *start*, from the next flush on also on disk."""
+        self.entries[index] = start // SECTOR
+        self._dirty.add(index // _PER_SECTOR)
+
+    def flush(self, bitmaps: Iterable[tuple[int, bytes | bytearray]], *, wait: bool) -> None:
+        """Bring everything to the disk; *bitmaps* are (position, contents) to be written, *wait* for data first.
+
+        After an error it can be called again.
+        """
+        if wait:
+            self.file.flush()
+        for start, contents in bitmaps:
+            self.file.pwrite(start, contents)
+        if self._moved:
+            self.file.pwrite(self.end, seal(self.footer))
+            if self.file.size > self.end + FOOTER_LENGTH:
+                self.file.truncate(self.end + FOOTER_LENGTH)
+            self._moved = False
+        self.file.flush()
+        if self._dirty:
+            for first, count in runs(sorted(self._dirty)):
+                start = first * _PER_SECTOR
+                piece = self.entries[start : start + count * _PER_SECTOR]
+                self.file.pwrite(self.offset + first * SECTOR, dump(piece, "big"))
+            self.file.flush()
+            self._dirty.clear()
