@@ -13,6 +13,9 @@
         image.write(b"hello")
         image.flush()
 
+    vm_core.convert("new.qcow2", "new.vmdk", format="vmdk")
+    vm_core.compare("new.qcow2", "new.vmdk").difference is None
+
 Everything here is imported when it is first used.
 """
 
@@ -23,32 +26,50 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .block.cache import CacheMode
     from .block.gate import Gate
+    from .block.jobs.job import Cancelled, Job
     from .errors import BlockError, GateError, ImageError, LockError, PluginError, UsageError, VmError
     from .image import Image, MapEntry, create, open
+    from .jobs import commit, compact, compare, convert, measure, rebase
 
 __all__ = [
     "BlockError",
     "CacheMode",
+    "Cancelled",
     "Gate",
     "GateError",
     "Image",
     "ImageError",
+    "Job",
     "LockError",
     "MapEntry",
     "PluginError",
     "UsageError",
     "VmError",
+    "commit",
+    "compact",
+    "compare",
+    "convert",
     "create",
+    "measure",
     "open",
+    "rebase",
 ]
 
 _WHERE = {
     "CacheMode": "vm_core.block.cache",
+    "Cancelled": "vm_core.block.jobs.job",
     "Gate": "vm_core.block.gate",
     "Image": "vm_core.image",
+    "Job": "vm_core.block.jobs.job",
     "MapEntry": "vm_core.image",
+    "commit": "vm_core.jobs",
+    "compact": "vm_core.jobs",
+    "compare": "vm_core.jobs",
+    "convert": "vm_core.jobs",
     "create": "vm_core.image",
+    "measure": "vm_core.jobs",
     "open": "vm_core.image",
+    "rebase": "vm_core.jobs",
 }
 
 

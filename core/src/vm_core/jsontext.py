@@ -25,7 +25,10 @@ def place(name: str) -> int:
 
 def ordered(members: dict[str, Any]) -> list[tuple[str, Any]]:
     """The members in QEMU's order."""
-    return sorted(reversed(members.items()), key=lambda member: place(member[0]))
+    found = list(members.items())
+    found.reverse()  # in one chain the last one comes first; sorting keeps that
+    found.sort(key=lambda member: place(member[0]))
+    return found
 
 
 def quote(text: str) -> str:

@@ -15,7 +15,7 @@ The grammar is that of QEMU's manual page and of ``docs/devel/qapi-code-gen`` ("
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
@@ -98,7 +98,7 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     Raises UsageError where a key is given both a value and members, or a list has gaps.
     """
     root: dict[str, Any] = {}
-    for key, value in flat.items():
+    for key, value in _members(flat):
         parts = key.split(".")
         if not all(parts):
             raise UsageError(f"option {key!r}: a dot needs a name on both sides")
@@ -113,6 +113,17 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
             raise UsageError(f"option {key!r} is given a value and members: give one of them").put(_BOTH)
         here[parts[-1]] = value
     return {key: _lists(value, key) for key, value in root.items()}
+
+
+def _members(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of *options*, those within dicts and lists of dicts as well: both notations may mix."""
+    for key, value in options.items():
+        if isinstance(value, dict) and value:
+            yield from _members(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and any(isinstance(member, dict) for member in value):
+            yield from _members({str(number): member for number, member in enumerate(value)}, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _lists(value: Any, path: str) -> Any:

@@ -32,7 +32,7 @@ def parse(text: str, unit: str = "b") -> int:
         value = int(digits, 16) << _UNITS[suffix or unit]
     else:
         digits, suffix = (word[:-1], word[-1]) if word[-1:] in _UNITS else (word, unit)
-        whole, dot, fraction = digits.partition(".")
+        whole, _, fraction = digits.partition(".")
         if not (whole.isascii() and whole.isdigit()) or (fraction and not (fraction.isascii() and fraction.isdigit())):
             raise NotANumberError(text)
         value = int(whole) << _UNITS[suffix]

@@ -62,9 +62,7 @@ def test_turns(tmp_path: Path, qemu: Qemu, options: dict[str, Any], ours: bool, 
 
 @pytest.mark.parametrize("options", [one for one in VARIANTS if "Sparse" in one["subformat"]], ids=name)
 @pytest.mark.parametrize("seed", range(20 if LONG else 2))
-def test_grains_lie_where_the_peer_puts_them(
-    tmp_path: Path, qemu: Qemu, options: dict[str, Any], seed: int
-) -> None:
+def test_grains_lie_where_the_peer_puts_them(tmp_path: Path, qemu: Qemu, options: dict[str, Any], seed: int) -> None:
     """After the same writes, with the image opened anew between them, both images have the same bytes."""
     chance = random.Random(seed)
     (tmp_path / "a").mkdir()
@@ -129,9 +127,7 @@ def test_streams_are_written_by_both(tmp_path: Path, qemu: Qemu, seed: int) -> N
         qemu.sound(path)
 
 
-@pytest.mark.parametrize(
-    "options", [{"subformat": "streamOptimized"}, {"subformat": "monolithicSparse"}], ids=name
-)
+@pytest.mark.parametrize("options", [{"subformat": "streamOptimized"}, {"subformat": "monolithicSparse"}], ids=name)
 def test_convert_by_the_peer_and_here_give_equal_images(tmp_path: Path, qemu: Qemu, options: dict[str, Any]) -> None:
     """A raw image converted here has the grains in the same places as one converted by the peer."""
     from vm_core.block.jobs.convert import convert

@@ -91,9 +91,10 @@ def test_7zip_reads_the_same(tmp_path: Path) -> None:
     assert read_by_7zip(tmp_path / "child.vhd") == data
 
 
-@pytest.mark.parametrize("block", [4096, 65536, 2 << 20])
+@pytest.mark.parametrize("block", [4096, 2 << 20])
 def test_libvhdi_reads_the_same(tmp_path: Path, block: int) -> None:
-    """libvhdi too (which takes the sectors of a bitmap's byte together: so runs are of 4 KiB here)."""
+    """libvhdi too (which takes the sectors of a bitmap's byte together: so runs are of 4 KiB here; and knows only
+    blocks whose bitmap it has seen in the wild)."""
     pytest.importorskip("pyvhdi")
     data = chain(tmp_path, block, unit=8)
     assert read_by_libvhdi(tmp_path / "child.vhd", tmp_path / "base.vhd") == data
@@ -276,12 +277,12 @@ def test_three_generations_on_a_fixed_image(tmp_path: Path) -> None:
     (tmp_path / "base.vhd").write_bytes(below + footer(SIZE, 2, uuid=BASE))
     middle, absent = differ(chance, below, unit=8)
     image = build(
-        middle, 65536, chance, uuid=CHILD, parent=BASE, parent_stamp=1000, parent_name="base.vhd", absent=absent
+        middle, 2 << 20, chance, uuid=CHILD, parent=BASE, parent_stamp=1000, parent_name="base.vhd", absent=absent
     )
     (tmp_path / "child.vhd").write_bytes(image)
     data, absent = differ(chance, middle, unit=8)
     image = build(
-        data, 16384, chance, uuid=LEAF, parent=CHILD, parent_stamp=1000, parent_name="child.vhd", absent=absent
+        data, 2 << 20, chance, uuid=LEAF, parent=CHILD, parent_stamp=1000, parent_name="child.vhd", absent=absent
     )
     (tmp_path / "leaf.vhd").write_bytes(image)
     with open_node(str(tmp_path / "leaf.vhd")) as node:

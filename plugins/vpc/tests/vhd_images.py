@@ -6,6 +6,7 @@ import random
 import shutil
 import struct
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 UNUSED = 0xFFFFFFFF
@@ -104,7 +105,7 @@ def read_by_libvhdi(path: Path, *parents: Path) -> bytes | None:
         file = pyvhdi.file()
         file.open(str(one))
         files.append(file)
-    for child, parent in zip(files, files[1:], strict=False):
+    for child, parent in pairwise(files):
         child.set_parent(parent)
     size = files[0].get_media_size()
     pieces, position = [], 0

@@ -1,4 +1,4 @@
-"""Creating images: options looked up and checked, the backing image looked at, then the file made and the format put in.
+"""Creating images: options looked up and checked, the backing image looked at, then file and format made.
 
 Two steps, so that a program can say in between what it is about to make:
 
@@ -6,8 +6,8 @@ Two steps, so that a program can say in between what it is about to make:
     print(new.describe())  # fmt=qcow2 cluster_size=2097152 …
     new.create()
 
-The options that an image takes are its format's, then the protocol's (``nocow`` of a file) that the format does not have
-itself. Checks, their order and their wording are those of ``qemu-img create``.
+The options that an image takes are its format's, then the protocol's (``nocow`` of a file) that the format does not
+have itself. Checks, their order and their wording are those of ``qemu-img create``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,13 @@ class NewImage:
     """An image that can be made: every option has been understood."""
 
     def __init__(
-        self, filename: str, format: str, driver: FormatDriver, protocol: str, target: dict[str, Any], known: Sequence[Option]
+        self,
+        filename: str,
+        format: str,
+        driver: FormatDriver,
+        protocol: str,
+        target: dict[str, Any],
+        known: Sequence[Option],
     ) -> None:
         self.filename = filename
         self.format = format

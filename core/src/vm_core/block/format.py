@@ -47,6 +47,9 @@ class Format(ABC):
     #: Bytes in which :meth:`zero` can be told about parts of a unit of allocation; None: there are no such parts.
     #: A range within one unit that starts or ends in the middle of it comes alone.
     zero_unit: int | None = None
+    #: Whether zeroing a part of a unit of allocation may become zeroing it whole where the rest reads as zeroes. Where
+    #: not, such parts are written, as QEMU does for all formats but QCOW2.
+    zero_parts: bool = True
     #: Damage was found and told while requests were served; nothing more is written, and closing says no more.
     failed: bool = False
     #: Bytes in which SPECIAL runs are turned into data: a partial read asks for whole units (and keeps the last ones).
@@ -213,6 +216,13 @@ class Format(ABC):
 
     def backing_changed(self, node: Node | None) -> None:
         """From now on *node* answers for UNALLOCATED runs (None: nobody does). For drivers that check whether it may."""
+
+    def reclaim(self) -> int:
+        """Give host space that the metadata calls free back: punch holes, cut off the file's end. Returns the bytes.
+
+        Called when everything is stable.
+        """
+        return 0
 
     def change_backing(self, filename: str | None, format: str | None) -> None:
         """Record another backing image (None: none) without looking at any data (``rebase -u``)."""

@@ -678,6 +678,9 @@ class FormatNode(ImageNode):
                 self._zero_edge(stop, end, unit, size, unmap)
 
     def _zero_edge(self, start: int, end: int, unit: int, size: int, unmap: bool) -> None:
+        if not self.format.zero_parts:
+            self._write_allocating(start, end - start, zero_views(end - start))
+            return
         first, last = start - start % unit, min(-(-end // unit) * unit, size)
         if self._reads_zero(first, start) and self._reads_zero(end, last):
             self._zero_clusters(first, last, unmap)
@@ -811,7 +814,10 @@ class FormatNode(ImageNode):
         unit, below = self.cluster_size, self._backing.size if self._backing is not None else 0
         gained = min(size, max(-(-former // unit) * unit, below))
         if former < gained:
-            self._zero_range(former, gained - former, False)
+            with self._exclusive(*self._clusters(former, gained - former)):
+                blank = self._reads_zero(former, gained)
+            if not blank:
+                self._zero_range(former, gained - former, False)
 
     @_as_block_errors
     def map(self, offset: int, length: int) -> Iterator[Mapping]:

@@ -95,6 +95,8 @@ class OpenContext:
         self.graph = graph if graph is not None else DEFAULT
         #: What a person calls the image, for messages; names in the image are relative to its directory.
         self.filename = filename
+        #: The same, or the name of the file below it all where that is a ``json:`` name; empty where there are several.
+        self.located = filename
         self.follow_backing = follow_backing
         self.warn = warn or _warn
         self.ancestors = ancestors
@@ -268,8 +270,6 @@ def open_node(
 def parse_spec(spec: str | os.PathLike[str] | dict[str, Any]) -> dict[str, Any]:
     """The options that a spec stands for, nested. Raises UsageError."""
     if isinstance(spec, dict):
-        if not any("." in key for key in spec):
-            return dict(spec)
         from ..options import nest
 
         return nest(spec)
@@ -371,6 +371,7 @@ def _open_one(options: dict[str, Any], context: OpenContext, *, image: bool = Tr
         pending: _Pending | None
         if not context.filename:
             context.filename = file.filename
+        context.located = _located(file, context.filename)
         mark = file.identity()
         if mark is not None:
             context.ancestors = (*context.ancestors, mark)
@@ -441,8 +442,9 @@ def _open_protocol(driver: str | None, options: dict[str, Any], context: OpenCon
             raise UsageError("the option 'filename' or 'driver' is missing")
         driver, parsed = _protocol_of(filename)
         options = {**parsed, **options}
-    elif isinstance(options.get("filename"), str) and set(options) == {"filename"}:
-        options = _lookup(driver)[1].parse_filename(options["filename"])
+    elif isinstance(options.get("filename"), str):
+        filename = options.pop("filename")
+        options = {**_lookup(driver)[1].parse_filename(filename), **options}
     _, implementation, descriptor = _lookup(driver)
     given = names.defining(options, descriptor) if set(options) != {"filename"} else options.copy()
     options = _typed(driver, "protocol", options, descriptor)
@@ -551,16 +553,25 @@ def _remaker(
         nonlocal current
         from ..options import typed
 
-        wanted = {**current, **typed(changes, descriptor.options, descriptor.name)}
+        new = typed(changes, descriptor.options, descriptor.name)
         file, children = old.file, old.children()
         context.readonly = old.readonly
         old.close()
-        context._explicit = dict(children)
-        try:
-            made = implementation.open(file, dict(wanted), context)
-        except (OSError, VmError) as error:
+        failure: Exception | None = None
+        # What was changed before gives way where it contradicts what is changed now.
+        for wanted in ({**current, **new}, {**chosen, **new}, current):
             context._explicit = dict(children)
-            return implementation.open(file, dict(current), context), error
+            try:
+                made = implementation.open(file, dict(wanted), context)
+            except (OSError, VmError) as error:
+                failure = error
+            else:
+                break
+        else:
+            assert failure is not None
+            raise failure
+        if wanted is current:
+            return made, failure
         current = wanted
         return made, None
 
@@ -679,12 +690,23 @@ def _follow_storage(
         shown = reference
         # QEMU takes such names as relative to where it runs, except for extents; here they are relative to the image, like
         # all others.
-        options, path = _resolve_name(reference, "" if context.gate.following and not beside else context.filename)
-    context.gate.check(context.filename, role, shown, path)
+        options, path = _resolve_name(reference, "" if context.gate.following and not beside else context.located)
+    context.gate.check(context.located, role, shown, path)
     if path is not None:
         _check_loop(context, role, path)
         options = {"driver": "file" if _is_plain(path) else _local_protocol(path), "filename": path}
     return _open(options, context.child(readonly=readonly, filename="", detect_zeroes="off"), image=False)
+
+
+def _located(node: Node, filename: str) -> str:
+    """The file that a name leads to: names in the image are relative to where that is."""
+    while filename.startswith("json:"):
+        below = list(node.children().values())
+        if len(below) != 1:
+            return ""
+        node = below[0]
+        filename = node.filename
+    return filename
 
 
 def create_storage(filename: str, size: int = 0) -> Node:

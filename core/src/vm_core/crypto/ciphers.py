@@ -21,7 +21,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import UsageError
+from ..errors import ImageError, UsageError
 from .library import aes, modes
 
 if TYPE_CHECKING:
@@ -205,6 +205,17 @@ class SectorCipher:
     def _small(self, encrypt: bool, sector: int, source: memoryview) -> bytes | memoryview:
         """At most :data:`BATCH` sectors, transformed without numpy."""
         raise NotImplementedError
+
+
+class NoKey(SectorCipher):
+    """Stands for a cipher where an image was opened without its key, only to be described."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(Vectors())
+        self._name = name
+
+    def _run(self, encrypt: bool, sector: int, source: memoryview, target: memoryview) -> None:
+        raise ImageError(self._name, "encrypted, and opened without its key")
 
 
 class Ecb(SectorCipher):

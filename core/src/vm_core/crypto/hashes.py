@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from ..errors import UsageError
 
 #: Hashes as options and QMP name them, with the bytes of a digest.
@@ -16,12 +19,23 @@ DIGEST_LENGTHS = {
 }
 
 
+#: Seconds of processor time that tell how fast this computer is.
+MEASURED = 0.025
+_rates: dict[tuple[str, int], int] = {}
+
+
 def digest(name: str, data: bytes) -> bytes:
     """The digest of *data*. Raises UsageError where the hash is not to be had."""
+    return hasher(name)(data).digest()
+
+
+def hasher(name: str) -> Callable[[bytes], Any]:
+    """What makes hash objects of data. Raises UsageError where the hash is not to be had."""
     import hashlib
 
     check_hash(name)
-    return hashlib.new(name, data, usedforsecurity=False).digest()
+    found: Callable[[bytes], Any] | None = getattr(hashlib, name, None)
+    return found if found is not None else lambda data: hashlib.new(name, data)
 
 
 def pbkdf2(name: str, password: bytes, salt: bytes, iterations: int, length: int) -> bytes:
@@ -48,12 +62,15 @@ def iterations_per_second(name: str, length: int) -> int:
     """PBKDF2 iterations that this computer does in a second of processor time for *length* bytes; at least 1."""
     from time import thread_time
 
-    check_hash(name)
-    iterations = 1 << 15
+    found = _rates.get((name, length))
+    if found is not None:
+        return found
+    iterations = 1 << 12
     while True:
         start = thread_time()
         pbkdf2(name, b"password", b"0123456789abcdef" * 2, iterations, length)
         spent = thread_time() - start
-        if spent >= 0.05 or iterations >= 1 << 31:
-            return max(1, int(iterations / max(spent, 1e-9)))
-        iterations <<= 1 if spent > 0.02 else 2
+        if spent >= MEASURED or iterations >= 1 << 30:
+            rate = _rates[name, length] = max(1, int(iterations / max(spent, 1e-9)))
+            return rate
+        iterations = iterations * 4 if spent < MEASURED / 4 else int(iterations * MEASURED * 1.2 / spent) + 1

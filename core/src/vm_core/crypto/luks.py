@@ -39,7 +39,7 @@ from .ciphers import (
     check_suite,
     sector_cipher,
 )
-from .hashes import DIGEST_LENGTHS, check_hash, digest, iterations_per_second, pbkdf2
+from .hashes import DIGEST_LENGTHS, check_hash, hasher, iterations_per_second, pbkdf2
 
 MAGIC = b"LUKS\xba\xbe"
 SECTOR = 512
@@ -477,6 +477,7 @@ def merge(material: bytes, stripes: int, hash_name: str) -> bytes:
 def _fold(material: bytes, stripes: int, length: int, hash_name: str) -> bytes:
     """All stripes but the last, each mixed in and diffused."""
     size = DIGEST_LENGTHS[hash_name]
+    new = hasher(hash_name)
     prefixes = [number.to_bytes(4, "big") for number in range(-(-length // size))]
     folded = bytes(length)
     for start in range(0, length * (stripes - 1), length):
@@ -484,7 +485,7 @@ def _fold(material: bytes, stripes: int, length: int, hash_name: str) -> bytes:
         block = mixed.to_bytes(length, "big")
         folded = b"".join(
             [
-                digest(hash_name, prefix + block[at : at + size])[: length - at]
+                new(prefix + block[at : at + size]).digest()[: length - at]
                 for prefix, at in zip(prefixes, range(0, length, size), strict=True)
             ]
         )

@@ -53,7 +53,9 @@ def theirs(words: list[str], where: Path) -> Outcome:
 def ours(words: list[str], where: Path) -> Outcome:
     """This program's, called by the peer's name, within this process."""
     from vm_core.cli.img.main import main
+    from vm_core.crypto import secrets
 
+    secrets.clear()
     before = Path.cwd()
     out, err = io.StringIO(), io.StringIO()
     os.chdir(where)

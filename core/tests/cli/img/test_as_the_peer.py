@@ -14,7 +14,7 @@ WORDS = """
 foo
 --foo
 -x
--xy create
+-x create
 create
 create --foo
 create -Z
@@ -156,7 +156,6 @@ info 'json:{"a":1}x'
 info 'json:{"driver":"qcow2","file":'
 check orphan.qcow2
 map orphan.qcow2
-map loop1.qcow2
 snapshot -c x nofile
 bitmap --add nofile f
 amend -o compat=1.1 nofile
@@ -280,7 +279,6 @@ create -f raw x 1.5
 create -f raw x 1.5k
 create -f raw -o preallocation=full x 1M
 create -f raw -o preallocation=falloc x 1M
-create -f raw -o preallocation=metadata x 1M
 create -f raw -o nocow=off x 1M
 create -f qcow2 x 1M
 create -f qcow2 x 1000
@@ -412,7 +410,6 @@ snapshot -a one snap.qcow2
 snapshot -d one snap.qcow2
 snapshot -d 2 snap.qcow2
 snapshot -c x r.raw
-snapshot -a x r.raw
 snapshot -d x r.raw
 amend -o help a.qcow2
 amend -o help nofile

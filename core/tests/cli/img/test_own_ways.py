@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import resource
@@ -19,8 +20,6 @@ from vm_core.cli.img import help as pages
 from vm_core.cli.img import main as program
 
 from .peer import Outcome, as_process
-
-FORMATS = ("raw",)
 
 
 def run(*words: str, where: Path) -> Outcome:
@@ -41,7 +40,10 @@ def test_messages_begin_with_the_programs_name(tmp_path: Path) -> None:
     for name in ("vm-img", "qemu-img", "images"):
         found = as_process(["info", "nofile"], tmp_path, name)
         assert found.code == 1
-        assert found.err.splitlines()[0] == f"{name}: Could not open 'nofile': Could not open 'nofile': No such file or directory"
+        assert (
+            found.err.splitlines()[0]
+            == f"{name}: Could not open 'nofile': Could not open 'nofile': No such file or directory"
+        )
 
 
 def test_advice_follows_the_peers_sentence(tmp_path: Path) -> None:
@@ -111,7 +113,7 @@ def test_help_and_parser_agree(tmp_path: Path) -> None:
 
 
 def test_images_outside_the_directory_are_not_followed(tmp_path: Path, base: Path) -> None:
-    """What only an image names is opened in its own directory alone; --trust, VM_TRUST or the peer's name change that."""
+    """What only an image names is opened in its own directory alone; --trust, VM_TRUST, the peer's name change that."""
     words = ["map", "sub/up.qcow2"]
     refused = run(*words, where=base)
     assert refused.code == 1
@@ -136,7 +138,12 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
     start = "import sys; from vm_core.cli.img.main import main; sys.exit(main(program='vm-img'))"
     words = ["create", "-f", "raw", "-o", "preallocation=full", "x", "64M"]
     done = subprocess.run(
-        [sys.executable, "-c", start, *words], cwd=tmp_path, capture_output=True, preexec_fn=limit, timeout=60, text=True
+        [sys.executable, "-c", start, *words],
+        cwd=tmp_path,
+        capture_output=True,
+        preexec_fn=limit,
+        timeout=60,
+        text=True,
     )
     assert done.returncode == 1
     assert "vm-img: x: " in done.stderr
@@ -145,14 +152,28 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
-def test_no_write_permission_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("code", "advice"), [(errno.EACCES, "see its owner and mode"), (errno.EROFS, "mounted read-only")]
+)
+def test_a_target_that_cannot_be_written_is_told(
+    code: int, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A target that may not be written gives the peer's sentence and advice."""
-    target = Path("/proc/version")
-    if not target.exists():
-        pytest.skip("no /proc")
-    found = run("resize", "-f", "raw", str(target), "1M", where=tmp_path)
+    (tmp_path / "x").write_bytes(bytes(512))
+    real = os.open
+
+    def refuse(path: str, flags: int, *rest: int) -> int:
+        if path == "x" and flags & os.O_RDWR:
+            raise OSError(code, os.strerror(code), path)
+        return real(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", refuse)
+    found = run("resize", "-f", "raw", "x", "1M", where=tmp_path)
     assert found.code == 1
-    assert f"vm-img: Could not open '{target}': " in found.err
+    first, second = found.err.splitlines()
+    assert first == f"vm-img: Could not open 'x': Could not open 'x': {os.strerror(code)}"
+    assert second.startswith("vm-img: hint: ")
+    assert advice in second
 
 
 def test_interrupt_ends_quietly(tmp_path: Path) -> None:
@@ -227,7 +248,19 @@ def test_completion(words: str, expected: set[str], tmp_path: Path) -> None:
 
 def test_start_up_imports_little(base: Path) -> None:
     """``info`` imports neither attrs nor pluggy, rich, asyncio, argparse or json, nor other formats' code."""
-    heavy = ("attr", "attrs", "pluggy", "rich", "asyncio", "argparse", "json", "difflib", "cryptography", "numpy", "typing_extensions")
+    heavy = (
+        "attr",
+        "attrs",
+        "pluggy",
+        "rich",
+        "asyncio",
+        "argparse",
+        "json",
+        "difflib",
+        "cryptography",
+        "numpy",
+        "typing_extensions",
+    )
     start = (
         "import sys\nfrom vm_core.cli.img.main import main\n"
         "main(['info', 'a.qcow2'], 'vm-img')\n"

@@ -196,6 +196,10 @@ class Quorum(Node):
         if inside < length:
             yield Mapping(Kind.EOF, offset + inside, length - inside)
 
+    def info(self) -> dict[str, Any]:
+        """Each child could say something else."""
+        raise BlockError.of(errno.ENOTSUP)
+
     def allocated(self) -> int:
         return sum(node.allocated() for node in self.nodes)
 

@@ -13,7 +13,7 @@ from vm_core.block.format import Format, Progress
 from vm_core.block.mapping import Allocation, Kind, Mapping
 from vm_core.block.node import Node
 from vm_core.crypto import luks, secrets
-from vm_core.crypto.ciphers import check_suite
+from vm_core.crypto.ciphers import NoKey, SectorCipher, check_suite
 from vm_core.crypto.storage import CryptNode
 from vm_core.errors import ImageError, UsageError
 
@@ -24,17 +24,17 @@ NO_KEY = "Parameter 'key-secret' is required for cipher"
 
 
 class LuksImage(Format):
-    """One open image; *storage* is None where it was opened without its key, just to be described."""
+    """One open image. Without a key it can only be described."""
 
     encrypted = True
 
     def __init__(
-        self, file: Node, header: luks.Luks, storage: CryptNode | None, key_secret: str | None, readonly: bool
+        self, file: Node, header: luks.Luks, cipher: SectorCipher, key_secret: str | None, readonly: bool
     ) -> None:
         self.file = file
         self.readonly = readonly
         self._luks = header
-        self._storage = storage
+        self._storage = CryptNode(file, cipher, offset=header.payload_offset)
         self._key_secret = key_secret
         self._payload = header.payload_offset
 
@@ -46,36 +46,26 @@ class LuksImage(Format):
             raise UsageError(NO_KEY)
         passphrase = context.passphrase(key_secret) if context.io else b""
         header = luks.Luks.read(file, name)
-        storage = None
-        if context.io:
-            storage = CryptNode(file, header.cipher(header.unlock(passphrase, name)), offset=header.payload_offset)
+        cipher = header.cipher(header.unlock(passphrase, name)) if context.io else NoKey(name)
         if -(-file.size // luks.SECTOR) * luks.SECTOR < header.payload_offset:
             raise ImageError(
                 name,
                 f"the payload begins at {header.payload_offset}, past the end of the file ({file.size} bytes)",
                 peer="Could not refresh total sector count: Input/output error",
             )
-        return cls(file, header, storage, key_secret, context.readonly)
+        return cls(file, header, cipher, key_secret, context.readonly)
 
     @property
     def size(self) -> int:
         return max(0, self.file.size - self._payload)
 
     def map(self, offset: int, length: int) -> Iterator[Mapping]:
-        if self._storage is None:
-            yield Mapping(Kind.SPECIAL, offset, length)
-        else:
-            yield Mapping(Kind.DATA, offset, length, self._storage, offset, not self.readonly)
+        yield Mapping(Kind.DATA, offset, length, self._storage, offset, not self.readonly)
 
     def map_cached(self, offset: int, length: int) -> Sequence[Mapping]:
         return list(self.map(offset, length))
 
-    def read_special(self, mapping: Mapping) -> bytes:
-        raise ImageError(self.file.filename, NO_KEY)
-
     def allocate(self, offset: int, length: int) -> Sequence[Allocation]:
-        if self._storage is None:
-            raise ImageError(self.file.filename, NO_KEY)
         return [Allocation(offset, length, self._storage, offset, False)]
 
     def discard(self, offset: int, length: int) -> None:
@@ -107,7 +97,6 @@ class LuksImage(Format):
     @classmethod
     def measure(cls, size: int, data: Iterable[tuple[int, int]], options: dict[str, Any]) -> dict[str, int]:
         payload = luks.payload_offset(_take(options)[0].suite)
-        options.pop("preallocation", None)
         return {"required": payload + size, "fully-allocated": payload + size}
 
     @classmethod

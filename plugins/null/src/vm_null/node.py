@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Sequence
 from time import sleep
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from vm_core.block import waiting
 from vm_core.block.mapping import Kind, Mapping
 from vm_core.block.node import Buffer, Protocol
 from vm_core.block.vectors import fill
-from vm_core.errors import ImageError
+from vm_core.errors import BlockError, ImageError
 
 if TYPE_CHECKING:
     from vm_core.block.open import OpenContext
@@ -106,6 +107,10 @@ class NullCo(Protocol):
             yield Mapping(kind, offset, inside, self, offset, not self.readonly)
         if inside < length:
             yield Mapping(Kind.EOF, offset + inside, length - inside)
+
+    def info(self) -> dict[str, Any]:
+        """There is none, which is not the same as knowing nothing more."""
+        raise BlockError.of(errno.ENOTSUP)
 
     def reopen(self, *, readonly: bool) -> None:
         self.readonly = readonly

@@ -123,6 +123,7 @@ class _Checker:
         self._count(header.refcount_table_offset, len(image.refcounts.table) * 8, "refcount table")
         self._count(header.l1_table_offset, header.l1_size * 8, "L1 table")
         self._count(header.snapshots_offset, image.snapshot_table.length, "snapshot table")
+        self._count_encryption_header()
         self._count_l2_tables()
         self._count_bitmaps()
         self._count_refcount_blocks()
@@ -145,6 +146,14 @@ class _Checker:
             return
         first = offset >> bits
         self.references.add(first, last - first + 1, weight)
+
+    def _count_encryption_header(self) -> None:
+        if self.image.encryption is not None:
+            from .encryption import check_extension
+
+            pointer = check_extension(self.store.header, self.image.extensions, self.store.name)
+            if pointer is not None:
+                self._count(pointer.offset, pointer.length, "encryption header")
 
     def _count_l2_tables(self) -> None:
         """Count all L2 tables and what they point at, each table once however many L1 tables share it."""

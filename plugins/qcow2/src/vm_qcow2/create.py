@@ -32,6 +32,11 @@ def create(file: Node, size: int, options: dict[str, Any]) -> None:
     size = -(-size // 512) * 512
     preallocation = options.pop("preallocation", None) or "off"
     data_name = options.get("data_file")
+    encryption = None
+    if options.get("encryption") is not None or any(option.startswith("encrypt.") for option in options):
+        from .encryption import plan as plan_encryption
+
+        encryption = plan_encryption(options)
     header, found, name = plan(size, options, preallocation)
     cluster_size = 1 << header.cluster_bits
     area = extensions.pack_extensions(found)
@@ -62,6 +67,10 @@ def create(file: Node, size: int, options: dict[str, Any]) -> None:
         )
         if size:
             resize(image, size, preallocation=preallocation)
+        if encryption is not None:
+            from .encryption import set_up
+
+            set_up(image, encryption)
         image.close()
     finally:
         if data is not None:

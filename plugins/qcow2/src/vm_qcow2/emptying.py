@@ -1,7 +1,8 @@
-"""Forgetting all guest data of an image, and giving the end of the file back."""
+"""Forgetting all guest data of an image; giving back to the host what no reference count holds."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,6 +29,41 @@ def trim(image: Qcow2) -> int:
     image.file.truncate(end)
     image.allocator.fresh_from = end >> image.geometry.cluster_bits
     return size - end
+
+
+def reclaim(image: Qcow2) -> int:
+    """Punch holes where clusters are free, and cut off the end of the file; returns the bytes. Everything is stable."""
+    bits = image.geometry.cluster_bits
+    stop = last_used(image) + 1
+    given = 0
+    for first, count in _free_runs(image, stop):
+        image.file.discard(first << bits, count << bits)
+        given += count << bits
+    return given + trim(image)
+
+
+def _free_runs(image: Qcow2, stop: int) -> Iterator[tuple[int, int]]:
+    """(first, count) of the free clusters below *stop*."""
+    refcounts, per_block = image.refcounts, image.geometry.refblock_entries
+    start = -1
+    cluster = 0
+    while cluster < stop:
+        block = refcounts.block(cluster >> image.geometry.refblock_bits)
+        end = min(cluster - cluster % per_block + per_block, stop)
+        if block is None:
+            start = cluster if start < 0 else start
+        else:
+            counts = block.counts
+            for at in range(cluster % per_block, cluster % per_block + end - cluster):
+                if not counts[at]:
+                    if start < 0:
+                        start = cluster - cluster % per_block + at
+                elif start >= 0:
+                    yield start, cluster - cluster % per_block + at - start
+                    start = -1
+        cluster = end
+    if start >= 0:
+        yield start, stop - start
 
 
 def last_used(image: Qcow2) -> int:

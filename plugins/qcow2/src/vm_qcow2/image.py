@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from vm_core.block.open import OpenContext
 
     from .bitmaps import Bitmaps
+    from .encryption import Encryption
     from .writing import Writer
 
 #: Incompatible features that are understood.
@@ -71,11 +72,13 @@ class Qcow2(Format):
         check: bool = False,
         options: dict[str, Any] | None = None,
         open_data: Callable[[str | None], Node] | None = None,
+        context: OpenContext | None = None,
     ) -> None:
         """Read and check the metadata; for writing also repair what a crash left. Raises ImageError, UsageError.
 
         With *check* the image is opened to be checked or repaired, whatever marks it has. *options* are those of
-        ``runtime.py``, and are popped. *open_data* opens the data file: the user's, or the one of this name.
+        ``runtime.py`` and ``encryption.py``, and are popped. *context* has the secrets of an encrypted image; without
+        one it can only be described. *open_data* opens the data file: the user's, or the one of this name.
         """
         header = read_header(file, name)
         self.file = file
@@ -102,12 +105,17 @@ class Qcow2(Format):
             check_place(store, header.nb_snapshots)
         self.allocator = Allocator(store, self.refcounts, self.metadata)
         self.tables = Tables(store, self.allocator)
-        self.runtime = runtime = take({} if options is None else options, header, self.geometry)
+        options = {} if options is None else options
+        self.runtime = runtime = take(options, header, self.geometry)
+        #: How guest data is encrypted, where it is.
+        self.encryption = self._unlock(options, context)
         self.refcounts.limit(runtime.refcount_cache)
         self.tables.limit(runtime.l2_cache)
         self.metadata.checks = runtime.checks
         #: Where guest data is: the image itself, or the external data file.
         self.data: Node = self._open_data(open_data)
+        if self.encryption is not None:
+            self.encryption.put_over(self.data)
         #: The data file must stay readable as a raw image.
         self.raw_data = self._external and bool(header.autoclear_features & features.RAW_DATA_FILE)
         self.backing_reference = _backing_reference(file, header, self.extensions, name)
@@ -149,6 +157,7 @@ class Qcow2(Format):
             check=context.check,
             options=options,
             open_data=open_data,
+            context=context,
         )
         if explicit and not image.has_data_file:
             raise ImageError(image.store.name, "'data-file' can only be set for images with an external data file")
@@ -165,6 +174,27 @@ class Qcow2(Format):
             raise self.store.error("'data-file' is required for this image")
         name = extensions.find(self.extensions, extensions.DATA_FILE_NAME)
         return open_data(extensions.string(name) if name is not None else None)
+
+    def _unlock(self, options: dict[str, Any], context: OpenContext | None) -> Encryption | None:
+        header = self.header
+        if not header.crypt_method and extensions.find(self.extensions, extensions.ENCRYPTION_HEADER) is None:
+            wanted = options.pop("encrypt.format", None)
+            options.pop("encrypt.key-secret", None)
+            if wanted is not None:
+                raise self.store.error(f"No encryption in image header, but options specified format '{wanted}'")
+            return None
+        from .encryption import unlock
+
+        return unlock(self.file, header, self.extensions, options, self.store.name, context)
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether guest data is encrypted."""
+        return self.encryption is not None
+
+    def storage(self, guest: int, host: int) -> Node:
+        """The node in which the bytes of the guest at *guest* lie at *host*."""
+        return self.data if self.encryption is None else self.encryption.storage(guest, host)
 
     def children(self) -> dict[str, Node]:
         return {"data-file": self.data} if self._external else {}
@@ -229,6 +259,8 @@ class Qcow2(Format):
             data["lazy-refcounts"] = bool(header.compatible_features & features.LAZY_REFCOUNTS)
             data["corrupt"] = bool(header.incompatible_features & features.CORRUPT)
             data["extended-l2"] = self.geometry.extended
+        if self.encryption is not None:
+            data["encrypt"] = self.encryption.info()
         if self._bitmaps is not None and self._bitmaps.entries:
             data["bitmaps"] = list(self.bitmaps())
         return data
@@ -401,7 +433,7 @@ class Qcow2(Format):
             ):
                 found[-1] = last._replace(length=last.length + stop - start)
                 return
-        storage = self.data if host >= 0 else None
+        storage = self.storage(start, host) if host >= 0 else None
         found.append(Mapping(kind, start, stop - start, storage, host, writable, token))
 
     def _check_data(self, host: int, length: int) -> None:
@@ -534,6 +566,11 @@ class Qcow2(Format):
 
         empty(self)
 
+    def reclaim(self) -> int:
+        from .emptying import reclaim
+
+        return reclaim(self)
+
     def change_backing(self, filename: str | None, format: str | None) -> None:
         from .headerarea import change_backing
 
@@ -576,9 +613,6 @@ def _check_features(file: Node, header: Header, name: str, *, refuse_corrupt: bo
         raise ImageError(name, "Reference count entry width too large; may not exceed 64 bits")
     if header.crypt_method > 2:
         raise ImageError(name, f"Unsupported encryption method {header.crypt_method}")
-    if header.crypt_method:
-        method = {1: "AES", 2: "LUKS"}[header.crypt_method]
-        raise ImageError(name, f"encrypted images ({method}) are not supported; unencrypted ones are")
     return extensions.read_extensions(file, header, name)
 
 

@@ -14,6 +14,7 @@ def measure(size: int, data: Iterable[tuple[int, int]], options: dict[str, Any])
     from .create import plan
 
     given = dict(options)
+    encryption = _encryption_header(given)
     preallocation = given.pop("preallocation", None) or "off"
     backing = bool(given.get("backing_file"))
     header, _, _ = plan(size, given, preallocation)
@@ -26,7 +27,19 @@ def measure(size: int, data: Iterable[tuple[int, int]], options: dict[str, Any])
         required = fully
     else:
         required = fully - whole + _clusters(data, cluster) * cluster
-    return {"required": required, "fully-allocated": fully}
+    extra = _up(encryption, cluster)
+    return {"required": required + extra, "fully-allocated": fully + extra}
+
+
+def _encryption_header(options: dict[str, Any]) -> int:
+    """Bytes of a LUKS header; takes the options of encryption. Raises UsageError."""
+    given = {name: options.pop(name) for name in list(options) if name.startswith(("encrypt.", "encryption"))}
+    if given.get("encrypt.format") != "luks":
+        return 0
+    from .encryption import plan
+
+    chosen = plan(given)
+    return chosen.header_length if chosen is not None else 0
 
 
 def metadata(size: int, cluster: int, refcount_order: int, entry: int = _ENTRY) -> int:

@@ -7,6 +7,17 @@ from vm_core.hookspecs import hookimpl
 
 #: In the order in which qemu-img tells them.
 _CREATE_OPTIONS = (
+    Option(
+        "encryption", "bool", "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)"
+    ),
+    Option("encrypt.format", "str", "Encrypt the image, format choices: 'aes', 'luks'"),
+    Option("encrypt.key-secret", "str", "ID of secret providing qcow AES key or LUKS passphrase"),
+    Option("encrypt.cipher-alg", "str", "Name of encryption cipher algorithm"),
+    Option("encrypt.cipher-mode", "str", "Name of encryption cipher mode"),
+    Option("encrypt.ivgen-alg", "str", "Name of IV generator algorithm"),
+    Option("encrypt.ivgen-hash-alg", "str", "Name of IV generator hash algorithm"),
+    Option("encrypt.hash-alg", "str", "Name of encryption hash algorithm"),
+    Option("encrypt.iter-time", "int", "Time to spend in PBKDF in milliseconds"),
     Option("cluster_size", "size", "qcow2 cluster size", default=65536),
     Option("extended_l2", "bool", "Extended L2 tables", default=False),
     Option(
@@ -32,8 +43,26 @@ _CREATE_OPTIONS = (
     Option("refcount_bits", "int", "Width of a reference count entry in bits", default=16),
 )
 
+_AMEND_OPTIONS = (
+    Option("encrypt.state", "str", "Select new state of affected keyslots (active/inactive)"),
+    Option("encrypt.keyslot", "int", "Select a single keyslot to modify explicitly"),
+    Option("encrypt.old-secret", "str", "Select all keyslots that match this password"),
+    Option("encrypt.new-secret", "str", "New secret to set in the matching keyslots. Empty string to erase"),
+    Option("encrypt.iter-time", "int", "Time to spend in PBKDF in milliseconds"),
+    Option("size", "size", "Virtual disk size"),
+    Option("compat", "str", "Compatibility level (v2 [0.10] or v3 [1.1])"),
+    Option("backing_file", "str", "File name of a base image"),
+    Option("backing_fmt", "str", "Image format of the base image"),
+    Option("data_file", "str", "File name of an external data file"),
+    Option("data_file_raw", "bool", "The external data file must stay valid as a raw image"),
+    Option("lazy_refcounts", "bool", "Postpone refcount updates"),
+    Option("refcount_bits", "int", "Width of a reference count entry in bits"),
+)
+
 _OPTIONS = (
     Option("data-file", "node", "Where guest data is, of images with an external data file"),
+    Option("encrypt.format", "str", "How the image is encrypted: aes or luks"),
+    Option("encrypt.key-secret", "str", "ID of the secret that provides the AES key or a LUKS passphrase"),
     Option("lazy-refcounts", "bool", "Postpone refcount updates (default: as the image says)"),
     Option("cache-size", "size", "Bytes of L2 tables and refcount blocks kept in memory"),
     Option("l2-cache-size", "size", "Bytes of L2 tables kept in memory", default=32 << 20),
@@ -68,6 +97,7 @@ def vm_format_drivers() -> list[FormatDriver]:
             summary="QEMU's copy-on-write image format, versions 2 and 3",
             implementation="vm_qcow2.image:Qcow2",
             capabilities={
+                "amend",
                 "backing",
                 "check",
                 "compress",
@@ -86,5 +116,6 @@ def vm_format_drivers() -> list[FormatDriver]:
             extensions=(".qcow2", ".qcow", ".img"),
             options=_OPTIONS,
             create_options=_CREATE_OPTIONS,
+            amend_options=_AMEND_OPTIONS,
         )
     ]

@@ -107,10 +107,11 @@ class Writer:
                 raise self._damaged(part.entry, start)
             if part.state is State.DATA:
                 begin = max(start, offset)
-                data = self.image.data
+                data = self.image.storage(start, part.host)
                 found.append(Allocation(begin, min(stop, end) - begin, data, part.host + begin - start, False))
             else:
-                found.append(Allocation(start, stop - start, self.image.data, part.host, True))
+                data = self.image.storage(start, part.host)
+                found.append(Allocation(start, stop - start, data, part.host, True))
 
     def _take(self, found: list[Allocation], table: L2Table, first: int, count: int, offset: int, end: int) -> None:
         """Host clusters for *count* guest clusters: after those of the last allocation if they are free, else in a row
@@ -129,7 +130,8 @@ class Writer:
                     taken = self.allocator.allocate_at(cluster, part)
                 if not taken:
                     cluster, taken = self.allocator.allocate(part), part
-                host, zeroed = cluster << bits, cluster >= fresh_from
+                # Of an encrypted image nothing reads as zeroes by itself.
+                host, zeroed = cluster << bits, cluster >= fresh_from and self.image.encryption is None
             found.append(self._cut(table, first, taken, host, zeroed, offset, end))
             first += taken
             count -= taken
@@ -145,7 +147,8 @@ class Writer:
                 low += self._first_needed(table, first, offset) << self._unit_bits
             if end < high:
                 high -= self._last_unneeded(table, first + count - 1, end) << self._unit_bits
-        return Allocation(low, high - low, self.image.data, host + low - start, True, zeroed)
+        host += low - start
+        return Allocation(low, high - low, self.image.storage(low, host), host, True, zeroed)
 
     def _damaged(self, entry: int, guest: int) -> OSError:
         """A write would go to a place that means nothing."""

@@ -18,7 +18,7 @@ class InflateError(Exception):
 
 
 @cache
-def _inflater() -> tuple[Any, type[Exception]]:
+def _inflater() -> tuple[Any, Any]:
     """What makes decompressors: the fastest there is, and its exception."""
     try:
         from isal import isal_zlib

@@ -11,7 +11,7 @@ from array import array
 from typing import Any, NamedTuple
 
 from vm_core.block.node import Node
-from vm_core.errors import ImageError, UsageError, VmError
+from vm_core.errors import ImageError, UsageError
 
 from . import chain
 from .descriptor import NO_PARENT, NewDescriptor
@@ -192,22 +192,26 @@ def make_sparse(file: Node, size: int, *, zeroed: bool, stream: bool) -> None:
 def _parent_cid(backing: str, image: str) -> int:
     """The content ID of the backing image. Raises ImageError."""
     from vm_core.block.create import backing_path
+    from vm_core.block.gate import SCHEME
     from vm_core.block.open import open_node
 
-    path = backing_path(backing, image)
-    with open_node({"driver": "file", "filename": _path(path)}, share=True) as node:
-        size = min(node.size, 64 * 1024)
-        head = node.pread(0, size)
-    text = chain.embedded_text(head) if head.startswith(MAGIC) else head
     from .descriptor import Descriptor
     from .probe import probe
 
-    try:
-        found = None
-        if head.startswith(MAGIC) or probe(head, size, path):
-            found = Descriptor(text, path).cid
-    except VmError:
-        found = None
+    path = backing_path(backing, image)
+    found: int | None = None
+    if SCHEME.match(path) and not path.startswith("file:"):
+        # Neither extents nor its own backing image matter here.
+        with open_node(path, share=True, backing=False) as node:
+            found = getattr(getattr(node, "format", None), "content_id", None)
+    else:
+        with open_node({"driver": "file", "filename": _path(path)}, share=True) as node:
+            size = min(node.size, 64 * 1024)
+            head = node.pread(0, size)
+        if head.startswith(MAGIC):
+            found = Descriptor(chain.embedded_text(head), path).cid
+        elif probe(head, size, path):
+            found = Descriptor(head, path).cid
     if found is None:
         raise ImageError("", f"{path} has no content ID: it is no VMDK image", peer="Failed to read parent CID")
     return found

@@ -1,5 +1,5 @@
-"""The text that describes an image (*Virtual Disk Format 5.0*, "The Descriptor File"): in a file of its own, or embedded
-in a sparse extent.
+"""The text that describes an image (*Virtual Disk Format 5.0*, "The Descriptor File"): in a file of its own, or
+embedded in a sparse extent.
 
     # Disk DescriptorFile
     version=1
@@ -15,9 +15,9 @@ in a sparse extent.
 
     ddb.adapterType = "ide"
 
-Real ones differ: line ends of DOS, blanks around ``=``, values without quotes, keys in other cases, an ``encoding``. All
-of that is read here; keys that mean nothing to us are kept where they are, because the text is never written anew: the
-only thing that changes in it is the content ID, digit by digit.
+Real ones differ: line ends of DOS, blanks around ``=``, values without quotes, keys in other cases, an ``encoding``.
+All of that is read here; keys that mean nothing to us are kept where they are, because the text is never written anew:
+the only thing that changes in it is a content ID, digit by digit.
 """
 
 from __future__ import annotations
@@ -136,34 +136,53 @@ class Descriptor:
             if found["name"] is None or (offset or 0) != 0:
                 raise invalid
         elif kind in ("VMFSRDM", "VMFSRAW"):
-            raise ImageError(
-                self.name, f"extent type {kind} (a raw device of an ESXi host) is not supported: {line}"
-            )
+            raise ImageError(self.name, f"extent type {kind} (a raw device of an ESXi host) is not supported: {line}")
         else:
             raise invalid
         if offset is not None and offset >= 1 << 54:
             raise invalid
         return ExtentLine(found["access"].upper(), sectors, kind, found["name"] or "", offset or 0, line)
 
-    def new_cid(self) -> tuple[int, bytes, int] | None:
-        """A new content ID: where in the text it goes, its digits, its value; None where the text has none.
+    def new_cid(self) -> tuple[int, bytes] | None:
+        """A new content ID: where in the text it goes, and its digits; None where the text has none.
 
         It has as many digits as the old one, so that nothing else of the text moves: a power cut in the middle leaves
         a mixture of both, which is as good a content ID as any.
         """
-        found = re.search(rb"(?im)^[ \t]*CID[ \t]*=[ \t]*\"?([0-9a-f]{1,8})", self.data)
+        found = _find_id(self.data, b"CID")
         if found is None:
             return None
-        digits = len(found[1])
-        old = int(found[1], 16)
+        old, digits = found[1], len(found[1])
         while True:
-            value = int.from_bytes(os.urandom(4), "little") >> 4 * (8 - digits)
-            if value not in (old, NO_PARENT, NO_PARENT - 1) or digits == 1:
+            text = b"%0*x" % (digits, int.from_bytes(os.urandom(4), "little") >> 4 * (8 - digits))
+            if (text != old and text[:1] != b"0" and text[:7] != b"fffffff") or digits == 1:
                 break
-        text = b"%0*x" % (digits, value)
+        self._replace(found, text)
+        return found.start(1), text
+
+    def new_parent_cid(self, value: int) -> tuple[int, bytes] | None:
+        """The parent's content ID has become *value*: where in the text that goes, and its digits.
+
+        None where the text has no place for so many.
+        """
+        found = _find_id(self.data, b"parentCID")
+        if found is None:
+            return None
+        text = b"%0*x" % (len(found[1]), value)
+        if len(text) > len(found[1]):
+            return None
+        self._replace(found, text)
+        return found.start(1), text
+
+    def _replace(self, found: re.Match[bytes], text: bytes) -> None:
         self.data = self.data[: found.start(1)] + text + self.data[found.end(1) :]
-        self.values["cid"] = text.decode()
-        return found.start(1), text, value
+        name = b"parentcid" if b"parent" in found[0].lower() else b"cid"
+        self.values[name.decode()] = text.decode()
+
+
+def _find_id(data: bytes, key: bytes) -> re.Match[bytes] | None:
+    """The line of a content ID; its digits are the first group."""
+    return re.search(rb"(?im)^[ \t]*" + key + rb"[ \t]*=[ \t]*\"?([0-9a-f]{1,8})", data)
 
 
 def decode(data: bytes) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vm_core.block.mapping import Allocation, Kind, Mapping
+from vm_core.errors import BlockError
 
 if TYPE_CHECKING:
     from vm_core.block.node import Node
@@ -63,6 +65,10 @@ class Extent:
     def can_zero(self, offset: int, stop: int) -> bool:
         """Whether :meth:`zero` does that range."""
         return False
+
+    def empty(self) -> None:
+        """Forget all data. Raises BlockError where that cannot be."""
+        raise BlockError.of(errno.ENOTSUP)
 
     def flush(self) -> None:
         """Bring metadata to stable storage, after the data it points to."""
@@ -148,10 +154,6 @@ class NoAccessExtent(Extent):
         self.type = type
 
     def runs(self, offset: int, stop: int, writable: bool) -> Iterator[Mapping]:
-        import errno
-
-        from vm_core.errors import BlockError
-
         raise BlockError.of(errno.EACCES, "the descriptor allows no access to this extent")
 
 

@@ -1,8 +1,8 @@
 """The driver: one open VMDK image.
 
-An image is a row of extents (``extent.py``, ``sparse.py``, ``sesparse.py``). Its descriptor says which: a file of its own
-that names the extents' files, or text embedded in the only extent, which then is all that counts. Every file that a
-descriptor names is opened through the gate, relative to the descriptor.
+An image is a row of extents (``extent.py``, ``sparse.py``, ``sesparse.py``). Its descriptor says which: a file of its
+own that names the extents' files, or text embedded in the only extent, which then is all that counts. Every file that
+a descriptor names is opened through the gate, relative to the descriptor.
 
 The content ID in the descriptor changes with the first write after opening, so that children notice. No run is told to
 be writable before; so the first write of any kind comes to :meth:`Vmdk.allocate`.
@@ -11,6 +11,7 @@ be writable before; so the first write of any kind comes to :meth:`Vmdk.allocate
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -72,11 +73,12 @@ class Vmdk(Format):
         self._size = self.extents[-1].end if self.extents else 0
         self._touched = False
         self._parent: Node | None = None
-        self._parent_reason: str | None = None
+        #: Why the backing image is not the parent; empty where it is.
+        self._parent_reason = ""
         self._children: dict[str, Node] = {}
-        grains = [extent.grain for extent in self.extents if extent.grain]
-        self.cluster_size = max(grains, default=1)
-        if any(extent.start % extent.grain or self.cluster_size % extent.grain for extent in self.extents if extent.grain):
+        grained = [extent for extent in self.extents if extent.grain]
+        self.cluster_size = unit = max([extent.grain for extent in grained], default=1)
+        if any(extent.start % extent.grain or unit % extent.grain for extent in grained):
             # Grains that do not lie at multiples of any one number: whatever is done is done to the whole image.
             self.cluster_size = max(self._size, 1)
         self.special_unit = max([extent.grain for extent in self.extents if extent.compressed], default=None)
@@ -129,7 +131,7 @@ class Vmdk(Format):
 
     def backing_changed(self, node: Node | None) -> None:
         self._parent = node
-        self._parent_reason = None
+        self._parent_reason = chain.check_parent(self.descriptor, node) if node is not None else ""
 
     # Reading
 
@@ -138,8 +140,9 @@ class Vmdk(Format):
         pending: Mapping | None = None
         for extent, start, stop in at(self.extents, self._starts, offset, length):
             for run in extent.runs(start, stop, writable):
-                if run.kind is Kind.UNALLOCATED and self._parent is not None:
-                    self._check_parent()
+                if run.kind is Kind.UNALLOCATED and self._parent_reason:
+                    # The parent has to be what it was when this image was made.
+                    raise BlockError.of(errno.EINVAL)
                 if pending is None:
                     pending = run
                 elif _adjoins(pending, run):
@@ -155,14 +158,6 @@ class Vmdk(Format):
             return list(self.map(offset, length))
         return None
 
-    def _check_parent(self) -> None:
-        """The parent has to be what it was when this image was made. Raises BlockError (EINVAL, as in QEMU)."""
-        if self._parent_reason is None:
-            assert self._parent is not None
-            self._parent_reason = chain.check_parent(self.descriptor, self._parent)
-        if self._parent_reason:
-            raise BlockError.of(errno.EINVAL)
-
     def read_special(self, mapping: Mapping) -> bytes:
         extent, place, index = mapping.token
         data: bytes = extent.read_special(place, index)
@@ -177,7 +172,7 @@ class Vmdk(Format):
             return
         new = self.descriptor.new_cid()
         if new is not None:
-            at_byte, digits, _ = new
+            at_byte, digits = new
             self.file.pwrite(self._place + at_byte, digits)
         self._touched = True
 
@@ -231,6 +226,24 @@ class Vmdk(Format):
         for extent in self.extents:
             extent.flush()
         self.file.flush()
+
+    def truncate(self, size: int) -> None:
+        """As in QEMU: no."""
+        raise BlockError.of(errno.ENOTSUP)
+
+    def empty(self) -> None:
+        """Forget all grains. The parent is what it is now, since all that this image had is in it."""
+        if self._parent is None or any(not isinstance(extent, SparseExtent) for extent in self.extents):
+            raise BlockError.of(errno.ENOTSUP)
+        new = self.descriptor.new_parent_cid(getattr(getattr(self._parent, "format", None), "content_id", NO_PARENT))
+        self._touch()
+        if new is not None:
+            at_byte, digits = new
+            self.file.pwrite(self._place + at_byte, digits)
+            self.file.flush()
+            self.backing_changed(self._parent)
+        for extent in self.extents:
+            extent.empty()
 
     def reopen(self, *, readonly: bool) -> None:
         if not readonly:
@@ -303,7 +316,7 @@ def _parse(text: bytes, name: str) -> Descriptor:
     if descriptor.cid is None:
         raise ImageError(
             name,
-            "there is no descriptor with a content ID (CID) in it; an extent of a split image is opened by its descriptor",
+            "there is no descriptor with a content ID (CID) in it; extents of an image are opened by its descriptor",
             peer=f"Could not open '{name}': Invalid argument",
         )
     return descriptor
@@ -332,7 +345,7 @@ def _open_descriptor(file: Node, name: str, place: int, text: bytes, context: Op
     readonly = context.readonly
     for line in lines:
         start = extents[-1].end if extents else 0
-        extent = _open_extent(line, start, len(children), children, name, context, readonly)
+        extent = _open_extent(line, start, children, file, name, context, readonly)
         extents.append(extent)
     _check_size(extents, name)
     if not readonly:
@@ -349,8 +362,8 @@ def _open_descriptor(file: Node, name: str, place: int, text: bytes, context: Op
 def _open_extent(
     line: ExtentLine,
     start: int,
-    number: int,
     children: dict[str, Node],
+    file: Node,
     name: str,
     context: OpenContext,
     readonly: bool,
@@ -360,7 +373,13 @@ def _open_extent(
         return ZeroExtent(start, length)
     if line.access == "NOACCESS":
         return NoAccessExtent(start, length, line.type)
-    role = f"extents.{number}"
+    role = f"extents.{len(children)}"
+    if not context.located and not os.path.isabs(line.filename):
+        raise ImageError(
+            name,
+            f"Cannot use relative paths with VMDK descriptor file '{name}': "
+            f"Cannot generate a base directory for {file.driver} nodes",
+        )
     protected = line.access == "RDONLY"
     node = context.open_child(
         role, line.filename, storage=True, beside=True, readonly=readonly or protected or line.type == "SESPARSE"

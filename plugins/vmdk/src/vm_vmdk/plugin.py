@@ -8,9 +8,7 @@ from vm_core.hookspecs import hookimpl
 #: In the order in which qemu-img lists them; help texts are its own.
 _CREATE_OPTIONS = (
     Option("size", "size", "Virtual disk size"),
-    Option(
-        "adapter_type", "str", "Virtual adapter type, can be one of ide (default), lsilogic, buslogic or legacyESX"
-    ),
+    Option("adapter_type", "str", "Virtual adapter type, can be one of ide (default), lsilogic, buslogic or legacyESX"),
     Option("backing_file", "str", "File name of a base image"),
     Option("backing_fmt", "str", "Must be 'vmdk' if present"),
     Option("compat6", "bool", "VMDK version 6 image", default=False),

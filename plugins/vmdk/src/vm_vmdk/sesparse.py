@@ -112,7 +112,7 @@ class SeSparseExtent(Extent):
         host = self._grains + number * self.grain
         size = self.file.size
         if host + (count - 1) * self.grain >= size:
-            raise ImageError(self.name, f"grain number {number} at {host:#x} lies past the end of the file ({size} bytes)")
+            raise ImageError(self.name, f"grain number {number} at {host:#x} lies past the end of the file")
         return host, count
 
     def _table(self, number: int) -> array[int] | None:

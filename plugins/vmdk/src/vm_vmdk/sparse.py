@@ -1,5 +1,5 @@
-"""Sparse extents: hosted (SPARSE: *Virtual Disk Format 5.0*, "Hosted Sparse Extents"), stream-optimized ("Stream-Optimized
-Compressed") and those of ESXi hosts (VMFSSPARSE: "ESXi Host Sparse Extents", also called COWD).
+"""Sparse extents: hosted (SPARSE: *Virtual Disk Format 5.0*, "Hosted Sparse Extents"), stream-optimized
+("Stream-Optimized Compressed") and those of ESXi hosts (VMFSSPARSE: "ESXi Host Sparse Extents", also called COWD).
 
 A grain is allocated at the end of the file and never given back. Its entry is set in memory when its data has been
 written, and reaches the disk after the data does (``tables.py``).
@@ -43,7 +43,7 @@ from .tables import MAX_DIRECTORY, Tables
 if TYPE_CHECKING:
     from vm_core.block.node import Node
 
-#: Sectors of a grain, and entries of a grain table, at most (QEMU's limits: 1 GiB of zeroes would be written for a byte).
+#: Sectors of a grain, and entries of a grain table, at most: QEMU's limits.
 MAX_GRAIN = 0x200000
 MAX_TABLE_ENTRIES = 512
 #: Bytes of a grain that can be written to, at most: a write of one byte writes a whole grain.
@@ -74,7 +74,7 @@ class Geometry(NamedTuple):
 
 
 def read_header(file: Node, name: str) -> SparseHeader:
-    """The header of a hosted sparse extent, or its footer where that has the truth. Raises ImageError in QEMU's words."""
+    """The header of a hosted sparse extent, or its footer where that has the truth. Raises ImageError."""
     header = SparseHeader.parse(file.pread(0, SECTOR))
     if header.gd_offset == GD_AT_END:
         header = _read_footer(file, name, header)
@@ -106,12 +106,6 @@ def hosted_geometry(file: Node, name: str, header: SparseHeader) -> Geometry:
     """What *header* says, with all its fields checked. Raises ImageError, in QEMU's words where it has any."""
     if header.version > 3:
         raise ImageError(name, f"Unsupported VMDK version {header.version}")
-    if header.flags & FLAG_NEWLINES and header.newlines != NEWLINES:
-        raise ImageError(
-            name,
-            f"the line ends in the header are {header.newlines!r} instead of {NEWLINES!r}: the file was transferred "
-            "as text, which damaged it",
-        )
     if header.table_entries > MAX_TABLE_ENTRIES:
         raise ImageError(name, "L2 table size too big")
     span = header.table_entries * header.grain_size
@@ -125,11 +119,15 @@ def hosted_geometry(file: Node, name: str, header: SparseHeader) -> Geometry:
     entries = -(-header.capacity // span)
     if entries > MAX_DIRECTORY:
         raise ImageError(name, "L1 size too big")
+    if header.flags & FLAG_NEWLINES and header.newlines != NEWLINES:
+        raise ImageError(
+            name,
+            f"the line ends in the header are {header.newlines!r} instead of {NEWLINES!r}: the file was transferred "
+            "as text, which damaged it",
+        )
     compressed = header.compress_algorithm == COMPRESSION_DEFLATE
     if header.flags & FLAG_COMPRESSED and header.compress_algorithm not in (0, COMPRESSION_DEFLATE):
-        raise ImageError(
-            name, f"compression algorithm {header.compress_algorithm} is not supported; 1 (deflate) is"
-        )
+        raise ImageError(name, f"compression algorithm {header.compress_algorithm} is not supported; 1 (deflate) is")
     if compressed and header.grain_size * SECTOR > MAX_COMPRESSED_GRAIN:
         raise ImageError(
             name,
@@ -262,9 +260,7 @@ class SparseExtent(Extent):
         )
 
     def cached(self, offset: int, stop: int) -> bool:
-        return all(
-            self.tables.cached(number) for number in range(offset // self._span, (stop - 1) // self._span + 1)
-        )
+        return all(self.tables.cached(number) for number in range(offset // self._span, (stop - 1) // self._span + 1))
 
     def read_special(self, place: int, index: int) -> bytes:
         grain = self.grain
@@ -397,6 +393,20 @@ class SparseExtent(Extent):
         # As qemu-img leaves it: room for a whole grain behind the last one's place.
         self._least = host + self.grain
         return Allocation(self.start + offset, min(self.grain, self.length - offset), self.file, host, True, True, self)
+
+    def empty(self) -> None:
+        """Forget all grains, and give their space back where it lies behind the tables."""
+        tables = self.tables
+        self._next = -(-max(self.geometry.overhead, tables.end) // self.grain) * self.grain
+        for number in range(len(tables.directory)):
+            if tables.get(number) is not None:
+                tables.check_writable(number)
+                tables.set(number, 0, array("I", bytes(tables.bytes)))
+                if tables.full:
+                    tables.write_back()
+        tables.write_back()
+        if self.file.size > self._next:
+            self.file.truncate(self._next)
 
     def can_zero(self, offset: int, stop: int) -> bool:
         return self.zeroed and offset % self.grain == 0 and (stop % self.grain == 0 or stop == self.length)

@@ -137,6 +137,12 @@ class Tables:
     # Changing
 
     @property
+    def end(self) -> int:
+        """Where the last of the tables ends (bytes)."""
+        places = [max(one) for one in (self.directory, self.redundant) if one]
+        return max(places, default=0) * SECTOR + self.bytes
+
+    @property
     def full(self) -> bool:
         """So much has changed that it should be written back now."""
         return len(self._dirty) >= self._most_dirty

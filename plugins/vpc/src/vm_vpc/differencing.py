@@ -125,7 +125,10 @@ class DifferencingVpc(Vpc):
                 continue
             for run in self.map(first, after - first):
                 if run.kind is Kind.DATA:
-                    found.append(Allocation(run.offset, run.length, self.file, run.host, False))
+                    # In place exactly what is written, not whole sectors.
+                    begin, finish = max(run.offset, offset), min(run.offset + run.length, offset + length)
+                    host = run.host + begin - run.offset
+                    found.append(Allocation(begin, finish - begin, self.file, host, False))
                 else:
                     host = table.entries[index] * SECTOR + table.bitmap_size + run.offset - base
                     found.append(Allocation(run.offset, run.length, self.file, host, True))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ...errors import ImageError
+from contextlib import suppress
+
+from ...errors import ImageError, UsageError
 from ..formatnode import FormatNode
 from ..node import Node
 from .convert import ConvertOptions, convert
@@ -58,7 +60,8 @@ def commit(
         )
         base.flush()
         if not keep and base is images[1]:
-            empty(overlay)
+            with suppress(UsageError):  # of a format that cannot, it keeps what it has: the same bytes
+                empty(overlay)
     finally:
         if was_readonly:
             base.reopen(readonly=True)

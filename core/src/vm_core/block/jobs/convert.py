@@ -91,6 +91,8 @@ def reads_as_zeroes(target: Node) -> bool:
     """Whether a *target* that has just been created, with whatever preallocation, holds nothing but zeroes."""
     node = target
     while True:
+        if node.opaque:
+            return False
         if isinstance(node, FormatNode):
             if not node.size:
                 return True

@@ -19,7 +19,7 @@ def advise(error: BaseException) -> str:
             found = _SYSTEM.get(cause.errno)
             if found:
                 return found
-    text = str(error)
+    text = " ".join([str(error), *(getattr(cause, "peer", "") for cause in causes)])
     for words, advice in _WORDS:
         if words in text:
             return advice
@@ -43,8 +43,14 @@ _SYSTEM = {
 
 #: Words of messages, the most telling first.
 _WORDS = (
-    ("Could not open backing file", "the image needs its backing file: bring it back, or name another with rebase -u -b"),
-    ("Could not open backing image", "the file behind -b is looked for beside the new image; -u creates without looking"),
+    (
+        "Could not open backing file",
+        "the image needs its backing file: bring it back, or name another with rebase -u -b",
+    ),
+    (
+        "Could not open backing image",
+        "the file behind -b is looked for beside the new image; -u creates without looking",
+    ),
     ("No such file or directory", "check the name, and for a new image that the directory exists"),
     ("Permission denied", "you may not do that with this file: see its owner and mode with ls -l"),
     ("Read-only file system", "the file system is mounted read-only: choose another place"),

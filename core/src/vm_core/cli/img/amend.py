@@ -44,24 +44,26 @@ def run(args: list[str], tool: Tool) -> int:
     if len(names) != 1:
         raise Failure("Expecting one image file name")
     mode = tool.cache(cache)
-    with tool.progress(progress) as report:
-        with tool.open(names[0], image_opts=image_opts, format=format, write=True, cache=mode) as node:
-            if wants_help(texts):
-                show_amend_options(tool, node.driver)
-            descriptor = find_format(tool, node.driver)
-            known = getattr(descriptor, "amend_options", ())
-            if not known:
-                raise Failure(f"Format driver '{node.driver}' does not support option amendment")
-            values = _values(texts, descriptor, known)
-            from ...block.formatnode import FormatNode
+    with (
+        tool.progress(progress) as report,
+        tool.open(names[0], image_opts=image_opts, format=format, write=True, cache=mode) as node,
+    ):
+        if wants_help(texts):
+            show_amend_options(tool, node.driver)
+        descriptor = find_format(tool, node.driver)
+        known = getattr(descriptor, "amend_options", ())
+        if not known:
+            raise Failure(f"Format driver '{node.driver}' does not support option amendment")
+        values = _values(texts, descriptor, known)
+        from ...block.formatnode import FormatNode
 
-            assert isinstance(node, FormatNode)
-            try:
-                with node.quiesce() as driver:
-                    driver.amend(values, force=force, progress=report)
-                node.flush()
-            except (VmError, OSError) as error:
-                raise Failure(reason(error)) from error
+        assert isinstance(node, FormatNode)
+        try:
+            with node.quiesce() as driver:
+                driver.amend(values, force=force, progress=report)
+            node.flush()
+        except (VmError, OSError) as error:
+            raise Failure(reason(error)) from error
     return 0
 
 

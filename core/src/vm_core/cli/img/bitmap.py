@@ -109,7 +109,9 @@ def _act(node: Node, source: Node, bitmap: str, granularity: int, action: str, a
             try:
                 format.bitmap_add(bitmap, granularity or None)
             except VmError as error:
-                raise Failure(f"Can't make bitmap '{bitmap}' persistent in '{node.node_name}': {reason(error)}") from error
+                raise Failure(
+                    f"Can't make bitmap '{bitmap}' persistent in '{node.node_name}': {reason(error)}"
+                ) from error
         elif action == "remove":
             format.bitmap_remove(bitmap)
         elif action == "clear":

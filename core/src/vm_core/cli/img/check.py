@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UsageError
-from .common import Exit, Tool
+from .common import Exit, Failure, Tool, reason
 
 if TYPE_CHECKING:
     from ...block.node import Node
@@ -112,6 +112,8 @@ def _collect(tool: Tool, node: Node, repair: str) -> dict[str, Any]:
             tool.error("This image format does not support checks")
             raise Exit(UNSUPPORTED) from None
         raise
+    except OSError as error:
+        raise Failure(f"Check failed: {reason(error)}", FAILED) from error
     for line in result.pop("messages", ()):
         sys.stderr.write(f"{line}\n")
     result.setdefault("check-errors", 0)

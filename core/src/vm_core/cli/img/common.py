@@ -1,7 +1,7 @@
 """What the subcommands of ``vm-img`` share: options, opening, messages, progress.
 
-A subcommand is a module of this package with ``def run(args: list[str], tool: Tool) -> int`` (the exit status), named in
-``main.COMMANDS`` and imported only when used. A typical one::
+A subcommand is a module of this package with ``def run(args: list[str], tool: Tool) -> int`` (the exit status), named
+in ``main.COMMANDS`` and imported only when used. A typical one::
 
     LONG = {"help": "h", "object:": "object", "image-opts": "image-opts", "force-share": "U", "output:": "output"}
 
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 INT64_MAX = (1 << 63) - 1
 
 
-class Exit(Exception):
+class Exit(Exception):  # noqa: N818
     """The program is to end with this status; everything has been said."""
 
     def __init__(self, code: int = 1) -> None:
@@ -65,7 +65,7 @@ class Exit(Exception):
         self.code = code
 
 
-class Failure(VmError):
+class Failure(VmError):  # noqa: N818
     """The program is to end with ``PROG: text``."""
 
     def __init__(self, text: str, code: int = 1) -> None:
@@ -220,11 +220,10 @@ class Tool:
         shown = name
         try:
             spec: str | dict[str, Any] = self._image_opts(name) if image_opts else name
-            if isinstance(spec, dict):
-                if share:
-                    if spec.get("force-share", "on") not in ("on", True):
-                        raise Failure("--force-share/-U conflicts with image options")
-                    spec["force-share"] = "on"
+            if isinstance(spec, dict) and share:
+                if spec.get("force-share", "on") not in ("on", True):
+                    raise Failure("--force-share/-U conflicts with image options")
+                spec["force-share"] = "on"
             return open_node(
                 spec,
                 readonly=not write,

@@ -72,7 +72,8 @@ def run(args: list[str], tool: Tool) -> int:
         if found.kind == "error":
             assert found.error is not None
             name = options.rest[found.image]
-            raise Failure(f"Error while reading offset {found.offset} of {name}: {reason(found.error)}", CANNOT_READ)
+            tool.error(f"Error while reading offset {found.offset} of {name}: {reason(found.error)}")
+            return CANNOT_READ
         if found.kind == "size":
             tool.say("Strict mode: Image size mismatch!")
         elif found.kind == "status":

@@ -93,6 +93,8 @@ def run(args: list[str], tool: Tool) -> int:
 
 def _parse(args: list[str], tool: Tool) -> _Arguments | None:
     """The command line; None where it asked for help on create options, which has been shown."""
+    from .createopts import check_list
+
     given = _Arguments()
     options = tool.options(args, SHORT, LONG)
     for key, value in options:
@@ -110,7 +112,7 @@ def _parse(args: list[str], tool: Tool) -> _Arguments | None:
             case "F":
                 given.backing_format = value
             case "o":
-                given.create_options.append(value)
+                given.create_options.append(check_list(value))
             case "l":
                 given.snapshot = value
             case "S":

@@ -104,7 +104,9 @@ def show_options(tool: Tool, format: str, target: str | None) -> None:
     print("Supported options:" if target is not None else f"Supported {format} options:")
     _print(options)
     if target is None:
-        print("\nThe protocol level may support further options.\nSpecify the target filename to include those options.")
+        print(
+            "\nThe protocol level may support further options.\nSpecify the target filename to include those options."
+        )
     raise Exit(0)
 
 

@@ -32,7 +32,7 @@ def run(args: list[str], tool: Tool) -> int:
     block, count, skip, source_size = 512, -1, 0, -1
     for word in options.rest:
         key, equals, value = word.partition("=")
-        if not equals or key not in ("bs", "count", "if", "of", "skip") and (tool.peer or key != "isize"):
+        if not equals or (key not in ("bs", "count", "if", "of", "skip") and (tool.peer or key != "isize")):
             raise Failure(f"unrecognized operand {key}")
         words[key] = value
         match key:

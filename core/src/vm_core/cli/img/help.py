@@ -1,7 +1,7 @@
 """Help: one page of all commands, or one of a command. Data, and two ways to print it.
 
-Called by the peer's name the program prints everything on one page in the peer's frame (``usage:``, ``Command syntax:``,
-``Supported formats:``), which scripts look options and formats up in.
+Called by the peer's name the program prints everything on one page in the peer's frame (``usage:``, ``Command
+syntax:``, ``Supported formats:``), which scripts look options and formats up in.
 """
 
 from __future__ import annotations
@@ -166,7 +166,10 @@ COMMANDS: dict[str, Command] = {
             _OBJECT,
             _IMAGE_OPTS,
         ),
-        ("convert -p -O qcow2 disk.vmdk disk.qcow2", "convert -c -O qcow2 -o compression_type=zstd disk.raw disk.qcow2"),
+        (
+            "convert -p -O qcow2 disk.vmdk disk.qcow2",
+            "convert -c -O qcow2 -o compression_type=zstd disk.raw disk.qcow2",
+        ),
     ),
     "create": Command(
         "[--object objectdef] [-q] [-f fmt] [-b backing_file [-F backing_fmt]] [-u] [-o options] filename [size]",
@@ -326,7 +329,8 @@ def _overview(tool: Tool) -> str:
         "Options:",
         *_table(_GLOBAL),
         "",
-        f"'{tool.program} COMMAND --help' explains a command, '{tool.program} create -f FORMAT -o help' a format's options.",
+        f"'{tool.program} COMMAND --help' explains a command,",
+        f"'{tool.program} create -f FORMAT -o help' a format's options.",
         "",
         f"Supported formats: {_formats()}",
     ]
@@ -337,14 +341,18 @@ def _extra() -> dict[str, Command]:
     """Those of :data:`EXTRA` that this version has."""
     from importlib.util import find_spec
 
-    from .main import EXTRA as modules
+    from . import main
 
-    return {name: command for name, command in EXTRA.items() if find_spec(f"{__package__}.{modules[name]}")}
+    return {name: command for name, command in EXTRA.items() if find_spec(f"{__package__}.{main.EXTRA[name]}")}
 
 
 def _command_page(tool: Tool, name: str) -> str:
     command = COMMANDS.get(name) or EXTRA[name]
-    lines = [f"usage: {tool.program} {name} {command.syntax}", "", f"{command.summary[0].upper()}{command.summary[1:]}."]
+    lines = [
+        f"usage: {tool.program} {name} {command.syntax}",
+        "",
+        f"{command.summary[0].upper()}{command.summary[1:]}.",
+    ]
     if command.options:
         lines += ["", *_table(command.options)]
     if command.examples:

@@ -39,7 +39,6 @@ EXTRA: dict[str, str] = {
     "compact": "compact",
     "completion": "completion",
     "convert-inplace": "convert_inplace",
-    "stream": "stream",
 }
 
 _LONG = {"help": "h", "version": "V", "trace:": "T"}

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from ...jsontext import quote
 from .common import Failure, Tool
 
 if TYPE_CHECKING:

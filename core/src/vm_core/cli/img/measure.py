@@ -87,7 +87,13 @@ def _measure(tool: Tool, format: str, texts: list[str], size: int, source: Node 
     given: dict[str, Any] = {}
     for text in texts:
         given.update(split(check_list(text)))
-    known = {option.name for option in driver.create_options}
+    from ...block.create import create_options
+    from ...plugins import find
+
+    # As when an image is made in a file; what only the file would take changes no size.
+    options = create_options(driver, find("protocol", "file"))
+    known = {option.name for option in options}
+    own = {option.name for option in driver.create_options}
     for name in given:
         if name not in known:
             tool.error(f"Invalid parameter '{name}'")
@@ -95,6 +101,7 @@ def _measure(tool: Tool, format: str, texts: list[str], size: int, source: Node 
     from ...options import typed
 
     try:
-        return measure(driver, size, source, typed(given, driver.create_options, f"Format driver '{format}'"))
+        values = typed(given, options, f"Format driver '{format}'")
+        return measure(driver, size, source, {name: value for name, value in values.items() if name in own})
     except (VmError, OSError) as error:
         raise Failure(reason(error)) from error

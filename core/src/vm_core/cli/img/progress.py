@@ -29,7 +29,9 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.end(failed=kind is not None)
 
     def end(self, *, failed: bool) -> None:
@@ -110,7 +112,10 @@ class Bar(Progress):
 
 
 def make(tool: Tool, enabled: bool, step: float = 1.0) -> Progress:
-    """The progress of one operation; the text leaves out steps of less than *step* per cent. Raises Failure for an unknown ``--progress``."""
+    """The progress of one operation; the text leaves out steps of less than *step* per cent.
+
+    Raises Failure for an unknown ``--progress``.
+    """
     mode = tool.progress_mode
     if mode and mode not in MODES:
         from .common import Failure

@@ -72,14 +72,21 @@ def show_map(session: Session, words: Sequence[str]) -> int:
 
 def info(session: Session, words: Sequence[str]) -> int:
     """``info``: the format, its clusters, and its own facts."""
+    from ...block.filter import Filter
     from .vmstate import state_offset
 
     node = session.image
-    cluster = node.cluster_size if node.cluster_size > 1 and not node.transparent else 0
     session.out.write(f"format name: {node.driver}\n")
+    try:
+        facts = node.info()
+    except OSError:
+        return 1
+    below = node
+    while isinstance(below, Filter):
+        below = below.file
+    cluster = below.cluster_size if below.cluster_size > 1 and not below.transparent else 0
     session.out.write(f"cluster size: {human(cluster)}\n")
     session.out.write(f"vm state offset: {human(state_offset(node))}\n")
-    facts = node.info()
     if facts:
         from ..facts import lines
 
