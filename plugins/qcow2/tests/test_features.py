@@ -62,18 +62,6 @@ def test_autoclear_bits_are_cleared_for_writing_only(image: Path) -> None:
     assert field(image, 88, ">Q") == 0
 
 
-def test_bitmaps_are_invalidated_by_writing_but_kept_by_reading(image: Path, qemu: Qemu) -> None:
-    """A bitmap that is not kept up to date is marked as inconsistent; reading and checking leave it valid."""
-    qemu.img("bitmap", "--add", image, "b0")
-    with open_node(str(image)) as node:
-        found = node.format.check()  # type: ignore[attr-defined]
-        assert "leaks" not in found
-        assert "corruptions" not in found
-    assert field(image, 88, ">Q") == 1
-    open_node(str(image), readonly=False).close()
-    assert field(image, 88, ">Q") == 0
-
-
 def test_unknown_header_extension_is_kept(image: Path, qemu: Qemu) -> None:
     """Writing an image leaves header extensions alone that nobody here knows."""
     end = 112 + 8 + field(image, 116, ">I")

@@ -17,7 +17,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import count
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -169,6 +169,15 @@ class FileProtocol(Protocol):
                 )
             return
         locks.acquire(fd, filename, (locks.CONSISTENT_READ,) if readonly else (locks.CONSISTENT_READ, locks.WRITE), ())
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        refuses = (locks.CONSISTENT_READ,) if self._locked else ()
+        locks.acquire(self._fd, self.filename, (), refuses)
+        try:
+            yield
+        finally:
+            locks.unrefuse(self._fd, refuses)
 
     def claim(self) -> None:
         if self._locked and not self._claimed:

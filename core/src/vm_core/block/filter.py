@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from collections.abc import Mapping as Dict
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Self
 
 from .mapping import Kind, Mapping
@@ -116,6 +117,9 @@ class Filter(Node):
 
     def event(self, name: str) -> None:
         self.file.event(name)
+
+    def alone(self) -> AbstractContextManager[None]:
+        return self.file.alone()
 
     def claim(self) -> None:
         self.file.claim()

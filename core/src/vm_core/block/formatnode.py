@@ -476,8 +476,6 @@ class FormatNode(ImageNode):
         """Make an UNALLOCATED run this image's own. It is locked exclusively by the caller."""
         data = [memoryview(bytearray(run.length))]
         self._read_runs(run.offset, [run], data)
-        if self._watch is not None:
-            self._watch("cor_write")
         if is_zero(data):
             self._zero_clusters(run.offset, run.offset + run.length, False)
         else:
@@ -697,7 +695,8 @@ class FormatNode(ImageNode):
         """Zeroes as data. The clusters are locked exclusively by the caller."""
         while start < end:
             step = min(end - start, ZERO_STEP - start % ZERO_STEP)
-            if not self._reads_zero(start, start + step):
+            # Above a backing image zeroes are written even where that has zeroes too: it may not always.
+            if self._backing is not None or not self._reads_zero(start, start + step):
                 self._write_allocating(start, step, zero_views(step))
             start += step
 
@@ -928,12 +927,12 @@ def _split(start: int, end: int, unit: int) -> Iterator[tuple[int, int]]:
 
 
 def _groups(allocations: Sequence[Allocation]) -> Iterator[list[Allocation]]:
-    """Neighbours that one write can fill: of the same freshness, adjoining on the host too."""
+    """Neighbours that one write can fill: adjoining on the host too."""
     group: list[Allocation] = []
     for one in allocations:
         if group:
             last = group[-1]
-            if last.storage is one.storage and last.fresh == one.fresh and last.host + last.length == one.host:
+            if last.storage is one.storage and last.host + last.length == one.host:
                 group.append(one)
                 continue
             yield group

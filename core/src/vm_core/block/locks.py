@@ -69,6 +69,13 @@ def acquire(fd: int, filename: str, uses: Iterable[int], refuses: Iterable[int])
         raise
 
 
+def unrefuse(fd: int, refuses: Iterable[int]) -> None:
+    """Others may have *refuses* again, which :func:`acquire` refused."""
+    if available():
+        for bit in refuses:
+            _set(fd, UNSHARED_BASE + bit, fcntl.F_UNLCK)
+
+
 def release(fd: int) -> None:
     """Give back every lock of *fd*."""
     if available():

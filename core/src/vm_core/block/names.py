@@ -50,6 +50,16 @@ def call_with_backing(node: Node) -> None:
     node.filename = json_name(node.full_options)
 
 
+def place_of(node: Node) -> str | None:
+    """The file that relative names in the image *node* are relative to; None where no single one is known."""
+    while children := node.children():
+        below = children.get("file") or children.get("image")
+        if below is None:
+            return None
+        node = below
+    return node.filename
+
+
 def json_name(options: dict[str, Any]) -> str:
     """``json:`` and *options*."""
     from ..jsontext import compact

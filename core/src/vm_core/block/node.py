@@ -10,8 +10,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from collections.abc import Mapping as Dict
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from ..errors import VmError
 from .mapping import Mapping
 
 if TYPE_CHECKING:
@@ -149,6 +151,13 @@ class Node(ABC):
     def claim(self) -> None:
         """From now on nobody else may write or resize this storage. Raises LockError where somebody does already."""
 
+    def alone(self) -> AbstractContextManager[None]:
+        """While the context lasts nobody else may even read the storage. Raises LockError where somebody does.
+
+        For changes after which others would go on with what no longer holds, such as those of keys.
+        """
+        return nullcontext()
+
     def reopen(self, *, readonly: bool) -> None:
         """Change between read-only and read-write where the node is. Raises ImageError where it cannot."""
         from ..errors import ImageError
@@ -194,8 +203,12 @@ class Node(ABC):
     def __enter__(self) -> Node:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            self.close()
+        except (OSError, VmError):
+            if error is None:  # else what went wrong first is what is told
+                raise
 
 
 class Protocol(Node):

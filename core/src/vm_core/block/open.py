@@ -444,7 +444,7 @@ def _open_protocol(driver: str | None, options: dict[str, Any], context: OpenCon
         options = {**parsed, **options}
     elif isinstance(options.get("filename"), str):
         filename = options.pop("filename")
-        options = {**_lookup(driver)[1].parse_filename(filename), **options}
+        options = _joined(_lookup(driver)[1].parse_filename(filename), options)
     _, implementation, descriptor = _lookup(driver)
     given = names.defining(options, descriptor) if set(options) != {"filename"} else options.copy()
     options = _typed(driver, "protocol", options, descriptor)
@@ -458,6 +458,16 @@ def _open_protocol(driver: str | None, options: dict[str, Any], context: OpenCon
         node.close()
         raise
     return node
+
+
+def _joined(named: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The options that a file name stands for, and those given beside it, which come first."""
+    joined = {**named, **given}
+    for key, value in named.items():
+        other = given.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            joined[key] = _joined(value, other)
+    return joined
 
 
 def _open_format(
@@ -916,6 +926,8 @@ def _protocol_of(filename: str) -> tuple[str, dict[str, Any]]:
     """The protocol driver that a file name names, and its options. Raises PluginError where it is absent."""
     if filename.startswith("file:"):
         path = filename[5:]
+        if SCHEME.match(path):
+            path = f"./{path}"  # so that it is a path wherever it is read again
         return ("file" if _is_plain(path) else _local_protocol(path)), {"filename": path}
     match = SCHEME.match(filename)
     if match is None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Mapping as Dict
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BlockError, ImageError, UsageError
@@ -206,6 +207,9 @@ class RawNode(ImageNode):
                 self.flush()
             self.file.reopen(readonly=readonly)
             self.readonly = readonly
+
+    def alone(self) -> AbstractContextManager[None]:
+        return self.file.alone()
 
     def claim(self) -> None:
         self.file.claim()

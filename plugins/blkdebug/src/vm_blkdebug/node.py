@@ -52,7 +52,9 @@ class Blkdebug(Filter):
 
     @classmethod
     def parse_filename(cls, filename: str) -> dict[str, Any]:
-        """``blkdebug:CONFIG:IMAGE``; CONFIG may be empty."""
+        """``blkdebug:CONFIG:IMAGE``; CONFIG may be empty. Without the prefix it is the image."""
+        if not filename.startswith("blkdebug:"):
+            return {"image": {"filename": filename}}
         config, colon, image = filename.removeprefix("blkdebug:").partition(":")
         if not colon:
             raise ImageError("", "blkdebug requires both config file and image path")
@@ -231,6 +233,14 @@ class Blkdebug(Filter):
 
 def _rules(section: str, members: Any) -> list[Rule]:
     """The rules of an option such as ``inject-error.0.event=…``. Raises ImageError."""
+    if isinstance(members, dict):
+        # One rule may be written without its number.
+        number = next((key for key in members if key.isdigit() or isinstance(members[key], dict)), None)
+        if number is not None:
+            inner = members[number]
+            path = f"{number}.{next(iter(inner))}" if isinstance(inner, dict) and inner else number
+            raise ImageError("", f"Unused option '{path}' for [{section}]")
+        members = [members]
     if not isinstance(members, list):
         raise ImageError("", f"Block protocol 'blkdebug' doesn't support the option '{section}'")
     rules = []

@@ -46,7 +46,9 @@ class Blkverify(Node):
 
     @classmethod
     def parse_filename(cls, filename: str) -> dict[str, Any]:
-        """``blkverify:RAW:TEST``."""
+        """``blkverify:RAW:TEST``. Without the prefix it is the image under test."""
+        if not filename.startswith("blkverify:"):
+            return {"test": {"filename": filename}}
         raw, colon, test = filename.removeprefix("blkverify:").partition(":")
         if not colon:
             raise ImageError("", "blkverify requires raw copy and original image path")

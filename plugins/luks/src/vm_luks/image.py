@@ -83,14 +83,15 @@ class LuksImage(Format):
         return self._luks.info()
 
     def amend(self, options: dict[str, Any], *, force: bool = False, progress: Progress | None = None) -> None:
-        luks.amend(
-            self._luks,
-            options,
-            name=self.file.filename,
-            key_secret=self._key_secret,
-            secret=secrets.passphrase,
-            force=force,
-        )
+        with self.file.alone():
+            luks.amend(
+                self._luks,
+                options,
+                name=self.file.filename,
+                key_secret=self._key_secret,
+                secret=secrets.passphrase,
+                force=force,
+            )
         if progress is not None:
             progress(1, 1)
 

@@ -21,8 +21,8 @@ def vm_format_drivers() -> list[FormatDriver]:
             ),
             extensions=(".hds", ".hdd"),
             create_options=(
-                Option("cluster_size", "size", "Parallels image cluster size", default=1 << 20),
                 Option("size", "size", "Virtual disk size"),
+                Option("cluster_size", "size", "Parallels image cluster size", default=1 << 20),
             ),
         )
     ]

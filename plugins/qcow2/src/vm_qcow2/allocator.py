@@ -409,8 +409,3 @@ class Allocator:
     def start_at(self, cluster: int) -> None:
         """Look for free clusters from *cluster* on."""
         self._hint = cluster
-
-    def need_block(self, cluster: int) -> None:
-        """See to it that the refcount block of *cluster* exists."""
-        while (missing := self._missing_block(cluster, 1)) is not None:
-            self._create_block(missing)

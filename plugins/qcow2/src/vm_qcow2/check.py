@@ -5,29 +5,43 @@ its snapshots, data, bitmaps – and compared with the refcounts. A refcount too
 else. One too low is a *corruption*: the cluster could be given to something else. So is a COPIED bit that contradicts
 the refcount (only in the active tables; elsewhere it means nothing), and an entry that points to where nothing can be.
 
-Repair sets refcounts to what was counted (``leaks``: only downwards), makes refcount blocks that are missing or that
-point nowhere, and sets the COPIED bits. It never touches what a guest sees.
+Repair sets refcounts to what was counted (``leaks``: only downwards) and sets the COPIED bits. Where the refcount
+structures themselves cannot be used – a block is missing, lies outside the file or on something else –, all of them are
+made anew (``rebuild.py``). It never touches what a guest sees.
+
+What is told, its order and its words are QEMU's.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 from array import array
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from vm_core.block import notices
 from vm_core.block.structs import Record, u8, u16, u32, u64
-from vm_core.errors import ImageError
+from vm_core.errors import BlockError
 
 from . import extensions, features
-from .entries import BadEntryError, Run, State, runs
-from .geometry import COPIED, L1_RESERVED, OFFSET_MASK
+from .entries import ALL_ALLOCATED, Run, State, all_runs
+from .geometry import COMPRESSED, COPIED, L1_RESERVED, L2_RESERVED, MAX_L1_BYTES, OFFSET_MASK, ZERO
 from .references import PIECE, PIECE_BITS, References
+from .store import swap
+from .tables import L2Table
 
 if TYPE_CHECKING:
     from .image import Qcow2
+    from .refcounts import RefcountBlock
 
-#: Distinct L2 tables of snapshots whose uses are counted in one go.
-MAX_SHARED_TABLES = 500_000
+#: Sound L2 tables whose runs are kept, in case a snapshot shares them.
+KEPT_TABLES = 1024
+#: Entries of all snapshots' L1 tables together that are looked at.
+MAX_SNAPSHOT_ENTRIES = 1 << 28
+#: Findings that are kept to be returned; with more, those before are told at once.
+MAX_MESSAGES = 10_000
 
 
 class Result:
@@ -37,204 +51,383 @@ class Result:
         self.corruptions = 0
         self.leaks = 0
         self.check_errors = 0
+        self.corruptions_fixed = 0
+        self.leaks_fixed = 0
         self.allocated = 0
         self.compressed = 0
         self.fragmented = 0
         self.end = 0
         self.total = -(-image.size >> image.geometry.cluster_bits)
-        #: One sentence each, of the first hundred findings.
-        self.messages: list[str] = []
 
-    def corruption(self, text: str, count: int = 1) -> None:
-        self.corruptions += count
-        self._say(f"ERROR {text}")
+    def report(self) -> dict[str, Any]:
+        """The shape of ImageCheck."""
+        data: dict[str, Any] = {
+            "check-errors": self.check_errors,
+            "image-end-offset": self.end,
+            "total-clusters": self.total,
+            "allocated-clusters": self.allocated,
+            "fragmented-clusters": self.fragmented,
+            "compressed-clusters": self.compressed,
+        }
+        for name, value in (
+            ("corruptions", self.corruptions),
+            ("leaks", self.leaks),
+            ("corruptions-fixed", self.corruptions_fixed),
+            ("leaks-fixed", self.leaks_fixed),
+        ):
+            if value:
+                data[name] = value
+        return data
 
-    def leak(self, text: str) -> None:
-        self.leaks += 1
-        self._say(f"Leaked {text}")
 
-    def _say(self, text: str) -> None:
-        if len(self.messages) < 100:
-            self.messages.append(text)
-
-
-def check(image: Qcow2, *, repair: str = "", tell: Callable[[str], None] | None = None) -> dict[str, Any]:
+def check(image: Qcow2, *, repair: str = "", live: bool = False) -> dict[str, Any]:
     """Check *image* and repair it as asked; the result is in the shape of ImageCheck.
 
-    Nobody else uses the image meanwhile.
+    With ``messages``, one sentence for each finding, in order; or, if *live*, each is told at once.
+    Nobody else uses the image meanwhile. Raises BlockError where it cannot be checked.
     """
-    if not image.readonly:
-        image.order.write_back()
-        image.refcounts.settle()
-    first = _Checker(image).run()
-    fixed: dict[str, int] = {}
-    result = first
-    if repair and (first.result.corruptions or first.result.leaks):
-        image.store.check_writable()
-        first.repair(corruptions=repair == "all")
-        result = _Checker(image).run()
-        fixed = {
-            "corruptions-fixed": max(0, first.result.corruptions - result.result.corruptions),
-            "leaks-fixed": max(0, first.result.leaks - result.result.leaks),
-        }
-    if repair == "all" and not result.result.corruptions:
-        header = image.store.header
-        clean = header.incompatible_features & ~(features.DIRTY | features.CORRUPT)
-        if clean != header.incompatible_features:
-            header.incompatible_features = clean
-            image.store.write_header("incompatible_features")
-            image.store.barrier()
-    return _report(result.result, fixed)
+    image.store.check_writable()
+    if live:
+        return _check(image, repair).report()
+    messages: list[str] = []
+    former = notices.sink
 
+    def keep(text: str) -> None:
+        if len(messages) >= MAX_MESSAGES:
+            notices.sink = former
+            for line in messages:
+                notices.notice(line)
+            notices.sink = keep
+            messages.clear()
+        messages.append(text)
 
-def _report(result: Result, fixed: dict[str, int]) -> dict[str, Any]:
-    data: dict[str, Any] = {
-        "check-errors": result.check_errors,
-        "image-end-offset": result.end,
-        "total-clusters": result.total,
-        "allocated-clusters": result.allocated,
-        "fragmented-clusters": result.fragmented,
-        "compressed-clusters": result.compressed,
-    }
-    if result.corruptions:
-        data["corruptions"] = result.corruptions
-    if result.leaks:
-        data["leaks"] = result.leaks
-    data.update({key: value for key, value in fixed.items() if value})
-    data["messages"] = result.messages
+    notices.sink = keep
+    try:
+        result = _check(image, repair)
+    except BaseException:
+        notices.sink = former
+        for line in messages:
+            notices.notice(line)
+        raise
+    finally:
+        notices.sink = former
+    data = result.report()
+    data["messages"] = messages
     return data
 
 
-class _Checker:
-    """One pass over an image."""
+def _check(image: Qcow2, repair: str) -> Result:
+    from .snapshots import check_snapshots, repair_snapshots
 
-    def __init__(self, image: Qcow2) -> None:
+    store = image.store
+    if not image.readonly:
+        image.order.write_back()
+        image.refcounts.settle()
+    said, broken = check_snapshots(image, repair=repair == "all")
+    for text in said:
+        notices.notice(text)
+    checker = _Checker(image, repair)
+    result = checker.run()
+    if broken and repair == "all" and not store.corrupt:
+        repair_snapshots(image)
+        result.corruptions_fixed += broken
+    else:
+        result.corruptions += broken
+    if repair and not result.check_errors and not result.corruptions:
+        store.check_writable()
+        header = store.header
+        clean = header.incompatible_features & ~(features.DIRTY | features.CORRUPT)
+        if clean != header.incompatible_features:
+            header.incompatible_features = clean
+            store.write_header("incompatible_features")
+            store.barrier()
+    return result
+
+
+class _Checker:
+    """One check of an image."""
+
+    def __init__(self, image: Qcow2, repair: str) -> None:
         self.image = image
         self.store = image.store
         self.geometry = image.geometry
-        self.references = References(image.store)
+        #: Whether corruptions, and leaks, are to be mended.
+        self.fix_errors = repair == "all"
+        self.fix_leaks = repair in ("all", "leaks")
         self.result = Result(image)
-        #: Refcount table entries of which nothing can be used.
-        self._bad_blocks: set[int] = set()
+        self.references = References(image.store)
+        #: The refcount structures have to be made anew.
+        self.rebuild = False
+        self._highest = 0
+        #: Sound L2 tables by offset: what each of their runs takes.
+        self._sound: OrderedDict[int, list[tuple[int, int]]] = OrderedDict()
 
-    def run(self) -> _Checker:
-        image, header, bits = self.image, self.store.header, self.geometry.cluster_bits
-        self._count(0, 1 << bits, "header")
-        self._count(header.refcount_table_offset, len(image.refcounts.table) * 8, "refcount table")
-        self._count(header.l1_table_offset, header.l1_size * 8, "L1 table")
-        self._count(header.snapshots_offset, image.snapshot_table.length, "snapshot table")
-        self._count_encryption_header()
-        self._count_l2_tables()
-        self._count_bitmaps()
-        self._count_refcount_blocks()
-        self._compare()
+    def run(self) -> Result:
+        result = self.result
+        self._count_all()
+        before = result.corruptions, result.leaks
+        self._compare(fix_errors=False, fix_leaks=False)
+        if self.rebuild and self.fix_errors:
+            self._rebuild()
+        elif self.fix_leaks:
+            if self.rebuild:
+                notices.notice("ERROR need to rebuild refcount structures")
+                raise BlockError.of(errno.EIO, "the refcount structures have to be made anew, which -r all does")
+            if result.leaks or result.corruptions:
+                result.corruptions, result.leaks = before
+                self._compare(fix_errors=self.fix_errors, fix_leaks=True)
+                self._settle()
         self._check_copied()
-        inside = -(-self.store.file.size >> bits)
-        self.result.end = min(max(self.references.end(), self._highest), inside) << bits
-        return self
+        result.end = self._highest + 1 << self.geometry.cluster_bits
+        return result
+
+    def _settle(self) -> None:
+        if not self.store.corrupt:
+            self.image.refcounts.settle()
+
+    def _rebuild(self) -> None:
+        from .rebuild import rebuild
+
+        result = self.result
+        notices.notice("Rebuilding refcount structure")
+        rebuild(self.image, self.references)
+        former = result.corruptions, result.leaks
+        # Counted anew with the new structures; what they replace is leaked now.
+        self.result = fresh = Result(self.image)
+        fresh.check_errors = result.check_errors
+        fresh.corruptions_fixed, fresh.leaks_fixed = result.corruptions_fixed, result.leaks_fixed
+        self.references = References(self.store)
+        self.rebuild = False
+        self.fix_errors = False
+        self._sound.clear()
+        self._count_all()
+        self.fix_errors = True
+        kept = fresh.corruptions, fresh.leaks, fresh.corruptions_fixed, fresh.leaks_fixed
+        self._compare(fix_errors=False, fix_leaks=True)
+        if self.rebuild:
+            notices.notice("ERROR rebuilt refcount structure is still broken")
+        fresh.corruptions, fresh.leaks, fresh.corruptions_fixed, fresh.leaks_fixed = kept
+        self._settle()
+        fresh.corruptions_fixed += max(0, former[0] - fresh.corruptions)
+        fresh.leaks_fixed += max(0, former[1] - fresh.leaks)
+        result.__dict__.update(fresh.__dict__)
+        self.result = result
+
+    def _corruption(self, text: str) -> None:
+        self.result.corruptions += 1
+        notices.notice(text)
 
     # Counting
 
-    def _count(self, offset: int, length: int, what: str, weight: int = 1) -> None:
+    def _count_all(self) -> None:
+        image, header = self.image, self.store.header
+        entries = image.snapshot_table.entries
+        self._count(0, self.geometry.cluster_size)
+        self._count_l1(header.l1_table_offset, image.tables.l1, active=True)
+        if self.geometry.external and entries:
+            self._corruption("ERROR snapshots in image with data file")
+        total = 0
+        for one in entries:
+            where = f"ERROR snapshot {one.id} ({one.name})"
+            offset, size = one.head.l1_table_offset, one.head.l1_size
+            if offset & self.geometry.cluster_size - 1:
+                self._corruption(
+                    f"{where} l1_offset={offset:#x}: L1 table is not cluster aligned; snapshot table entry corrupted"
+                )
+            elif size * 8 > MAX_L1_BYTES:
+                self._corruption(f"{where} l1_size={size:#x}: L1 table is too large; snapshot table entry corrupted")
+            elif offset + size * 8 < 1 << 63:
+                total += size
+                if total > MAX_SNAPSHOT_ENTRIES:
+                    raise self.store.error("the snapshots have more L2 tables than can be checked")
+                inside = max(0, min(size, (self.store.file.size - offset) // 8))
+                l1 = swap(array("Q", self.store.file.pread(offset, inside * 8)))
+                self._count_l1(offset, l1, active=False, size=size)
+        self._count(header.snapshots_offset, image.snapshot_table.length)
+        self._count(header.refcount_table_offset, header.refcount_table_clusters << self.geometry.cluster_bits)
+        self._count_encryption_header()
+        self._count_bitmaps()
+        self._count_refcount_blocks()
+
+    def _count(self, offset: int, length: int) -> None:
         """Count the clusters of a range."""
         if not length:
             return
         bits = self.geometry.cluster_bits
-        last = offset + length - 1 >> bits
-        if last << bits >= self.store.file.size:
-            self.result.corruption(f"{what} at {offset:#x} lies outside the file")
+        if offset + length - self.store.file.size >= 1 << bits:
+            self._corruption(
+                "ERROR: counting reference for region exceeding the end of the file by one cluster or more: "
+                f"offset {offset:#x} size {length:#x}"
+            )
             return
         first = offset >> bits
-        self.references.add(first, last - first + 1, weight)
+        self._add(first, (offset + length - 1 >> bits) - first + 1)
 
-    def _count_encryption_header(self) -> None:
-        if self.image.encryption is not None:
-            from .encryption import check_extension
+    def _add(self, first: int, count: int) -> None:
+        for cluster in self.references.add(first, count):
+            self._corruption(f"ERROR: overflow cluster offset={cluster << self.geometry.cluster_bits:#x}")
+            notices.notice(
+                "Use qemu-img amend to increase the refcount entry width or qemu-img convert to create a clean copy if "
+                "the image cannot be opened for writing"
+            )
 
-            pointer = check_extension(self.store.header, self.image.extensions, self.store.name)
-            if pointer is not None:
-                self._count(pointer.offset, pointer.length, "encryption header")
-
-    def _count_l2_tables(self) -> None:
-        """Count all L2 tables and what they point at, each table once however many L1 tables share it."""
-        l1 = self.image.tables.l1
-        if not self.image.snapshot_table.entries:
-            for index, entry in enumerate(l1):
-                if entry:
-                    self._count_l2(entry, 1, f"L1 entry {index}", active=True)
+    def _count_l1(self, offset: int, l1: array[int], *, active: bool, size: int | None = None) -> None:
+        size = len(l1) if size is None else size
+        if not size:
             return
-        weights: dict[int, int] = {}
-        active = {entry for entry in l1 if entry}
+        self._count(offset, size * 8)
         for entry in l1:
-            if entry:
-                weights[entry & ~COPIED] = weights.get(entry & ~COPIED, 0) + 1
-        tables: dict[tuple[int, int], int] = {}
-        for snapshot in self.image.snapshot_table.entries:
-            key = snapshot.head.l1_table_offset, snapshot.head.l1_size
-            tables[key] = tables.get(key, 0) + 1
-        for (offset, size), uses in tables.items():
-            if size:
-                self._count(offset, size * 8, "L1 table of a snapshot", uses)
-                for entry in self.store.read_words(offset, size, "L1 table of a snapshot"):
-                    if entry:
-                        entry &= ~COPIED
-                        weights[entry] = weights.get(entry, 0) + uses
-                        if len(weights) > MAX_SHARED_TABLES:
-                            raise self.store.error("the snapshots have more L2 tables than can be checked")
-        live = {entry & ~COPIED for entry in active}
-        for entry, weight in weights.items():
-            self._count_l2(entry, weight, "L1 entry", active=entry in live)
+            if not entry:
+                continue
+            if entry & L1_RESERVED:
+                self._corruption(f"ERROR found L1 entry with reserved bits set: {entry:x}")
+            table = entry & OFFSET_MASK
+            self._count(table, self.geometry.cluster_size)
+            if table & self.geometry.cluster_size - 1:
+                self._corruption(f"ERROR l2_offset={table:x}: Table is not cluster aligned; L1 entry corrupted")
+            self._count_l2(table, active=active)
 
-    def _count_l2(self, entry: int, weight: int, where: str, *, active: bool) -> None:
-        offset = entry & OFFSET_MASK
+    def _count_l2(self, offset: int, *, active: bool) -> None:
+        """Count what an L2 table points at. Past the end of the file there are zeroes."""
+        geometry = self.geometry
+        size = geometry.cluster_size
+        if not active:
+            known = self._sound.get(offset)
+            if known is not None:
+                for first, count in known:
+                    self._add(first, count)
+                return
+        if offset >= self.store.file.size:
+            return
+        words = swap(array("Q", self.store.file.pread(offset, size)))
+        table = L2Table.of_words(offset, words, linked=True, extended=geometry.extended)
+        found = self.result.corruptions
+        taken: list[tuple[int, int]] = []
+        for first, count in self._taken(table, active):
+            taken.append((first, count))
+            self._add(first, count)
+        if found == self.result.corruptions and self.image.snapshot_table.entries:
+            self._sound[offset] = taken
+            if len(self._sound) > KEPT_TABLES:
+                self._sound.popitem(last=False)
+
+    def _taken(self, table: L2Table, active: bool) -> Iterator[tuple[int, int]]:
+        """(first, count) of the clusters at which a table points."""
         geometry, result = self.geometry, self.result
-        if entry & L1_RESERVED or offset & geometry.cluster_size - 1 or not offset:
-            result.corruption(f"{where}: {entry:#018x} is no place for an L2 table")
-            return
-        if offset + geometry.cluster_size > self.store.file.size:
-            result.corruption(f"{where}: L2 table at {offset:#x} lies outside the file")
-            return
-        cluster = offset >> geometry.cluster_bits
-        if self.references.get(cluster):
-            result.corruption(f"{where}: L2 table at {offset:#x} overlaps something else")
-            self.references.add(cluster, 1, weight)
-            return
-        self.references.add(cluster, 1, weight)
+        bits, mask = geometry.cluster_bits, geometry.cluster_size - 1
+        size = self.store.file.size
+        entries, bitmaps = table.entries, table.bitmaps
         expected = 0
-        for run in self._runs(self.store.read_words(offset, geometry.cluster_size // 8, "L2 table")):
-            if run.state is State.COMPRESSED:
-                start, length = geometry.compressed_extent(run.entry)
-                if start >= self.store.file.size:
-                    result.corruption(f"compressed cluster at {start:#x} lies outside the file")
+        changed: list[int] = []
+        for run in all_runs(entries, None, 0, len(entries), geometry):
+            state = run.state
+            if run.entry & L2_RESERVED and state is not State.COMPRESSED:
+                for entry in entries[run.at : run.at + run.clusters]:
+                    self._corruption(f"ERROR found l2 entry with reserved bits set: {entry:x}")
+            if bitmaps is not None:
+                self._check_bitmaps(run, entries, bitmaps)
+            if state is State.COMPRESSED:
+                entry = run.entry
+                start, length = geometry.compressed_extent(entry)
+                if entry & COPIED:
+                    self._corruption(
+                        f"ERROR: coffset={start:#x}: copied flag must never be set for compressed clusters"
+                    )
+                    entry &= ~COPIED
+                if geometry.external:
+                    self._corruption(f"ERROR compressed cluster {run.at} with data file, entry={entry:#x}")
+                    continue
+                if bitmaps is not None and bitmaps[run.at]:
+                    self._corruption(
+                        f"ERROR compressed cluster {run.at} with non-zero subcluster allocation bitmap, "
+                        f"entry={entry:#x}"
+                    )
+                    continue
+                if start + length - size > mask:
+                    self._count(start, length)
                 else:
-                    # The last sector may be cut off by the end of the file, in which case it belongs to no cluster.
-                    self._count(start, min(length, self.store.file.size - start), "compressed cluster", weight)
+                    yield start >> bits, (start + length - 1 >> bits) - (start >> bits) + 1
                 if active:
                     result.allocated += 1
                     result.compressed += 1
                     result.fragmented += 1
-            elif run.host:
-                last = run.host + (run.clusters - 1 << geometry.cluster_bits)
-                if last >= self.store.file.size:
-                    result.corruption(f"data cluster at {last:#x} lies outside the file")
-                inside = min(run.clusters, max(0, -(-(self.store.file.size - run.host) >> geometry.cluster_bits)))
-                self.references.add(run.host >> geometry.cluster_bits, inside, weight)
+            elif run.placed:
                 if active:
                     result.allocated += run.clusters
                     if expected and run.host != expected:
                         result.fragmented += 1
-                    expected = last + geometry.cluster_size
+                    expected = run.host + (run.clusters << bits)
+                if geometry.external:
+                    continue
+                inside = max(0, min(run.clusters, size - run.host + mask >> bits))
+                if inside:
+                    yield run.host >> bits, inside
+                for position in range(inside, run.clusters):
+                    self._count(run.host + (position << bits), mask + 1)
+            elif state is State.BAD:
+                host = run.entry & OFFSET_MASK
+                if geometry.version < 3 and run.entry & ZERO and not host & mask:
+                    # Version 2 knows no zero clusters; what is set aside is counted.
+                    if host:
+                        self._count(host, mask + 1)
+                    continue
+                data = bitmaps[run.at] & ALL_ALLOCATED if bitmaps is not None else not run.entry & ZERO
+                if not data:
+                    word = "Repairing" if self.fix_errors else "ERROR"
+                    self._corruption(
+                        f"{word} offset={host:x}: Preallocated cluster is not properly aligned; L2 entry corrupted."
+                    )
+                    if self.fix_errors:
+                        entries[run.at] = 0 if bitmaps is not None else ZERO
+                        changed.append(run.at)
+                        result.corruptions -= 1
+                        result.corruptions_fixed += 1
+                        continue
+                else:
+                    self._corruption(
+                        f"ERROR offset={host:x}: Data cluster is not properly aligned; L2 entry corrupted."
+                    )
+                if active:
+                    result.allocated += 1
+                    if expected and host != expected:
+                        result.fragmented += 1
+                    expected = host + mask + 1
+                if not geometry.external:
+                    self._count(host, mask + 1)
+        for index in changed:
+            self._write_entry(table, index)
 
-    def _runs(self, entries: array[int]) -> Iterator[Run]:
-        """The runs of a table; entries that mean nothing are reported and passed over."""
-        start = 0
-        while start < len(entries):
-            try:
-                yield from runs(entries, start, len(entries), self.geometry)
-                return
-            except BadEntryError as error:
-                self.result.corruption(str(error))
-                start = error.index + 1
+    def _write_entry(self, table: L2Table, index: int) -> None:
+        """Put a mended entry on disk, and into the cached table if there is one."""
+        width = 16 if table.bitmaps is not None else 8
+        self.store.write_words(table.offset + index * width, table.words(index, index + 1))
+        self.image.tables.drop_clean()
+
+    def _check_bitmaps(self, run: Run, entries: array[int], bitmaps: array[int]) -> None:
+        """The allocation bitmaps of a run of extended entries."""
+        if run.state is State.COMPRESSED:
+            return
+        part = bitmaps[run.at : run.at + run.clusters]
+        uniform = part == array("Q", part[:1]) * run.clusters
+        for position, bitmap in enumerate(part[:1] if uniform else part):
+            if run.state is State.UNALLOCATED:
+                if bitmap & ALL_ALLOCATED:
+                    for _ in range(run.clusters if uniform else 1):
+                        self._corruption("ERROR: Unallocated cluster has non-zero subcluster allocation map")
+            elif bitmap >> 32 & bitmap:
+                for index in range(run.at, run.at + run.clusters) if uniform else (run.at + position,):
+                    self._corruption(
+                        f"ERROR offset={entries[index] & OFFSET_MASK:x}: Allocated cluster has corrupted subcluster "
+                        "allocation bitmap"
+                    )
+
+    def _count_encryption_header(self) -> None:
+        if self.store.header.crypt_method:
+            from .encryption import check_extension
+
+            pointer = check_extension(self.store.header, self.image.extensions, self.store.name)
+            if pointer is not None:
+                self._count(pointer.offset, pointer.length)
 
     def _count_bitmaps(self) -> None:
         """Clusters of persistent bitmaps, if their extension says that they are valid."""
@@ -242,186 +435,261 @@ class _Checker:
             return
         data = extensions.find(self.image.extensions, extensions.BITMAPS)
         if data is None:
-            self.result.corruption("the bitmaps feature is set, but there is no bitmaps extension")
             return
         extension = extensions.BitmapsExtension.parse(data)
         if extension.directory_size > 64 << 20:
-            self.result.corruption(f"bitmap directory of {extension.directory_size} bytes")
+            self._corruption(f"ERROR bitmap directory of {extension.directory_size} bytes")
             return
-        directory = self.store.read(extension.directory_offset, extension.directory_size, "bitmap directory")
-        self._count(extension.directory_offset, extension.directory_size, "bitmap directory")
+        self._count(extension.directory_offset, extension.directory_size)
+        inside = max(0, min(extension.directory_size, self.store.file.size - extension.directory_offset))
+        directory = self.store.file.pread(extension.directory_offset, inside)
         position = 0
         for _ in range(extension.nb_bitmaps):
             if position + BitmapEntry.LENGTH > len(directory):
-                self.result.corruption("the bitmap directory is shorter than its bitmaps")
+                self._corruption("ERROR the bitmap directory is shorter than its bitmaps")
                 return
             entry = BitmapEntry.parse(directory, position)
             position += BitmapEntry.LENGTH + entry.extra_size + entry.name_size + 7 & ~7
             if entry.table_size > 32 << 17:
-                self.result.corruption(f"bitmap table of {entry.table_size} entries")
+                self._corruption(f"ERROR bitmap table of {entry.table_size} entries")
                 continue
-            self._count(entry.table_offset, entry.table_size * 8, "bitmap table")
-            for word in self.store.read_words(entry.table_offset, entry.table_size, "bitmap table"):
+            self._count(entry.table_offset, entry.table_size * 8)
+            if entry.table_offset + entry.table_size * 8 > self.store.file.size:
+                continue
+            for word in swap(array("Q", self.store.file.pread(entry.table_offset, entry.table_size * 8))):
                 if word & OFFSET_MASK:
-                    self._count(word & OFFSET_MASK, self.geometry.cluster_size, "bitmap data")
+                    self._count(word & OFFSET_MASK, self.geometry.cluster_size)
 
     def _count_refcount_blocks(self) -> None:
         """Last, so that a block on top of something else is the one that is found wrong."""
-        size, mask = self.store.file.size, self.geometry.cluster_size - 1
-        for index, offset in enumerate(self.image.refcounts.table):
-            if not offset:
+        size = self.geometry.cluster_size
+        table = self.image.refcounts.table
+        references = self.references
+        for index, entry in enumerate(table):
+            if not entry:
                 continue
+            offset = entry & ~511
             cluster = offset >> self.geometry.cluster_bits
-            if offset & (mask | 511):
-                self.result.corruption(f"refcount block {index} at {offset:#x} is not aligned to clusters")
-            elif offset >= size:
-                self.result.corruption(f"refcount block {index} at {offset:#x} lies outside the file")
-            elif self.references.get(cluster):
-                self.result.corruption(f"refcount block {index} at {offset:#x} overlaps something else")
+            if entry & 511:
+                self._corruption(f"ERROR refcount table entry {index} has reserved bits set")
+                self.rebuild = True
+            elif offset & size - 1:
+                self._corruption(f"ERROR refcount block {index} is not cluster aligned; refcount table entry corrupted")
+                self.rebuild = True
+            elif cluster >= references.clusters:
+                word = "Repairing" if self.fix_errors else "ERROR"
+                self._corruption(f"{word} refcount block {index} is outside image")
+                if self.fix_errors:
+                    self._bring_inside(offset)
             else:
-                self.references.add(cluster, 1)
-                continue
-            self._bad_blocks.add(index)
+                self._add(cluster, 1)
+                count = references.get(cluster)
+                if count != 1:
+                    self._corruption(f"ERROR refcount block {index} refcount={count}")
+                    self.rebuild = True
+
+    def _bring_inside(self, offset: int) -> None:
+        """Let the file reach over a refcount block, which is empty then."""
+        end = offset + self.geometry.cluster_size
+        try:
+            if end >= 1 << 63:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            self.store.file.truncate(end)
+        except OSError as error:
+            self.rebuild = True
+            notices.notice(f"ERROR could not resize image: {os.strerror(error.errno or errno.EIO)}")
+            return
+        self.result.corruptions -= 1
+        self.result.corruptions_fixed += 1
+        self._add(offset >> self.geometry.cluster_bits, 1)
 
     # Comparing
 
+    def _compare(self, *, fix_errors: bool, fix_leaks: bool) -> None:
+        """Tell where refcounts and references differ, and mend the refcounts as far as that is wanted."""
+        result, refcounts = self.result, self.image.refcounts
+        discarded: list[int] = []
+        self._highest = 0
+        for cluster, have, want in self._differences():
+            if have < 0:
+                notices.notice(f"Can't get refcount for cluster {cluster}: {os.strerror(-have)}")
+                result.check_errors += 1
+                continue
+            fix = False
+            if not have:
+                self.rebuild = True
+            elif have > want:
+                fix = fix_leaks
+            else:
+                fix = fix_errors
+            word = "Repairing" if fix else "ERROR" if have < want else "Leaked"
+            notices.notice(f"{word} cluster {cluster} refcount={have} reference={want}")
+            if fix:
+                refcounts.set_run(cluster, 1, want)
+                if have > want:
+                    result.leaks_fixed += 1
+                    if not want:
+                        discarded.append(cluster)
+                else:
+                    result.corruptions_fixed += 1
+            elif have < want:
+                result.corruptions += 1
+            else:
+                result.leaks += 1
+        if discarded:
+            self._settle()
+            self._discard(discarded)
+
+    def _discard(self, clusters: list[int]) -> None:
+        """Give the space of leaked clusters back to the host."""
+        bits = self.geometry.cluster_bits
+        first = last = -1
+        for cluster in [*clusters, -1]:
+            if cluster == last + 1 and first >= 0:
+                last = cluster
+                continue
+            if first >= 0:
+                self.store.file.discard(first << bits, last - first + 1 << bits)
+            first = last = cluster
+        self.image.allocator.lower(clusters[0])
+
     def _differences(self) -> Iterator[tuple[int, int, int]]:
-        """(cluster, refcount, references) where the two differ. :attr:`_highest` follows the refcounts."""
+        """(cluster, refcount, references) where the two differ, in order; :attr:`_highest` follows what is in use.
+
+        A refcount that cannot be read is told as a negative errno.
+        """
         references, refcounts = self.references, self.image.refcounts
         per_block = self.geometry.refblock_entries
-        self._highest = 0
         numbers = set(references.pieces())
+        end = references.clusters
+        pieces = -(-end // PIECE)
         for index, offset in enumerate(refcounts.table):
-            if offset and index not in self._bad_blocks:
+            if offset:
                 start = index * per_block
-                numbers.update(range(start >> PIECE_BITS, (start + per_block - 1 >> PIECE_BITS) + 1))
+                if start >= end:
+                    break
+                numbers.update(range(start >> PIECE_BITS, min(start + per_block - 1 >> PIECE_BITS, pieces - 1) + 1))
         for number in sorted(numbers):
             start = number << PIECE_BITS
-            have = array(references.code)
-            if number not in references and self._is_zero(start):
-                continue
-            while len(have) < PIECE:
-                index, low = divmod(start + len(have), per_block)
-                step = min(PIECE - len(have), per_block - low)
-                block = refcounts.block(index) if index not in self._bad_blocks else None
-                if block is None:
-                    have.extend(array(have.typecode, bytes(step * have.itemsize)))
-                elif block.counts.typecode == have.typecode:
-                    have.extend(block.counts[low : low + step])
-                else:
-                    have.extend(array(have.typecode, block.counts[low : low + step].tolist()))
-            want = references.piece(number)
-            if have.tobytes().strip(b"\0"):
-                last = next(i for i in range(PIECE - 1, -1, -1) if have[i])
-                self._highest = start + last + 1
-            if have != want:
-                for index in range(PIECE):
-                    if have[index] != want[index]:
-                        yield start + index, have[index], want[index]
+            if start >= end:
+                break
+            length = min(PIECE, end - start)
+            have: array[int] | list[int] = self._counts(start, length)
+            want = references.piece(number)[:length]
+            if type(have) is array:
+                used = have if have == want else array(want.typecode, [a | b for a, b in zip(have, want, strict=True)])
+                data = used.tobytes().rstrip(b"\0")
+                if data:
+                    self._highest = start + (len(data) - 1) // used.itemsize
+                if used is have:
+                    continue
+            for position in range(length):
+                one, two = have[position], want[position]
+                if one > 0 or two > 0:
+                    self._highest = max(self._highest, start + position)
+                if one != two:
+                    yield start + position, one, two
 
-    def _is_zero(self, start: int) -> bool:
-        """Whether the refcounts of a piece that lies within one block are all zero, without looking at each."""
-        index, low = divmod(start, self.geometry.refblock_entries)
-        block = self.image.refcounts.block(index) if index not in self._bad_blocks else None
-        if block is None or low + PIECE > len(block.counts):
-            return False
-        piece = block.counts[low : low + PIECE]
-        return piece == array(piece.typecode, bytes(PIECE * piece.itemsize))
-
-    def _compare(self) -> None:
-        most = self.geometry.refcount_max
-        beyond = -(-self.store.file.size >> self.geometry.cluster_bits)
-        for cluster, have, want in self._differences():
-            text = f"cluster {cluster} refcount={have} reference={want}"
-            if cluster >= beyond and not want:
-                # Counted, but never written: no space is lost. Writers that died leave such counts.
-                continue
-            if have < want:
-                self.result.corruption(text + (" (too many for the refcount's width)" if want > most else ""))
+    def _counts(self, start: int, length: int) -> array[int] | list[int]:
+        """The refcounts of *length* clusters: an array, or numbers with negative errnos where they cannot be read."""
+        refcounts = self.image.refcounts
+        per_block = self.geometry.refblock_entries
+        found: array[int] = array(self.references.code)
+        failed: list[tuple[int, int, int]] = []
+        position = start
+        while position < start + length:
+            index, low = divmod(position, per_block)
+            step = min(start + length - position, per_block - low)
+            block: RefcountBlock | None
+            try:
+                block = refcounts.block(index)
+            except OSError as error:
+                block = None
+                failed.append((position - start, step, -(error.errno or errno.EIO)))
+            if block is None:
+                found.extend(array(found.typecode, bytes(step * found.itemsize)))
             else:
-                self.result.leak(text)
+                found.extend(block.counts[low : low + step])
+            position += step
+        if not failed:
+            return found
+        numbers = found.tolist()
+        for at, step, code in failed:
+            numbers[at : at + step] = [code] * step
+        return numbers
 
-    def _check_copied(self, *, fix: bool = False) -> None:
+    # The bit that goes with refcounts
+
+    def _check_copied(self) -> None:
         """Compare the COPIED bits of the active tables with the refcounts."""
         image, geometry, result = self.image, self.geometry, self.result
         refcounts, bits = image.refcounts, geometry.cluster_bits
+        fix = self.fix_errors and not (result.check_errors or result.corruptions or result.leaks)
+        word = "Repairing" if fix else "ERROR"
+        size = self.store.file.size
         for index, entry in enumerate(image.tables.l1):
             offset = entry & OFFSET_MASK
-            if not entry or entry & L1_RESERVED or offset & geometry.cluster_size - 1:
+            if not offset:
                 continue
-            if not offset or offset + geometry.cluster_size > self.store.file.size:
+            try:
+                count = refcounts.get(offset >> bits)
+            except OSError:
                 continue
-            one = refcounts.get(offset >> bits) == 1
-            if one != bool(entry & COPIED):
+            if (count == 1) != bool(entry & COPIED):
+                self._corruption(
+                    f"{word} OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={entry:x} refcount={count}"
+                )
                 if fix:
                     image.tables.l1[index] = entry ^ COPIED
                     image.tables.changed.add(index)
-                else:
-                    result.corruption(
-                        f"OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={entry:x} "
-                        f"refcount={refcounts.get(offset >> bits)}"
-                    )
-            try:
-                table = image.tables.get(index)
-            except ImageError:
+                    result.corruptions -= 1
+                    result.corruptions_fixed += 1
+            if offset & geometry.cluster_size - 1 or offset + geometry.cluster_size > size:
                 continue
-            if table is None:
-                continue
-            for run in _quiet_runs(self, table.entries):
-                if run.state not in (State.DATA, State.ZERO_ALLOCATED):
-                    continue
-                if run.copied and refcounts.all_one(run.host >> bits, run.clusters):
-                    continue
-                for position in range(run.clusters):
-                    cluster = (run.host >> bits) + position
-                    if (refcounts.get(cluster) == 1) == run.copied:
-                        continue
-                    where = run.at + position
-                    if fix:
-                        table.entries[where] ^= COPIED
-                        table.touch(where, where + 1)
-                    else:
-                        result.corruption(
-                            f"OFLAG_COPIED data cluster: l2_entry={table.entries[where]:x} "
-                            f"refcount={refcounts.get(cluster)}"
-                        )
-            if fix:
+            table = image.tables.cached(index) or image.tables.read(offset, f"L2 table {index}")
+            wrong = self._check_table(table, word)
+            if fix and wrong:
+                cached = image.tables.get(index)
+                assert cached is not None
+                for where in wrong:
+                    cached.entries[where] ^= COPIED
+                    cached.touch(where, where + 1)
+                result.corruptions -= len(wrong)
+                result.corruptions_fixed += len(wrong)
                 image.order.relieve()
+        if fix and not self.store.corrupt:
+            image.order.write_back()
 
-    # Repairing
-
-    def repair(self, *, corruptions: bool) -> None:
-        """Set refcounts to the references counted; with *corruptions* also upwards, and mend tables."""
-        image, refcounts, allocator = self.image, self.image.refcounts, self.image.allocator
-        if corruptions:
-            for index in self._bad_blocks:
-                refcounts.drop(index)
-                refcounts.unlinked.add(index)
-            # New blocks go where nothing is, whatever the refcounts say of that place.
-            allocator.start_at(max(self.references.end(), self._highest))
-        for cluster, have, want in list(self._differences()):
-            if want > self.geometry.refcount_max:
+    def _check_table(self, table: L2Table, word: str) -> list[int]:
+        """Tell where the COPIED bits of an L2 table contradict the refcounts; returns the entries."""
+        geometry, refcounts = self.geometry, self.image.refcounts
+        bits = geometry.cluster_bits
+        entries = table.entries
+        wrong: list[int] = []
+        for run in all_runs(entries, None, 0, len(entries), geometry):
+            host = run.host
+            if run.state is State.BAD and not run.entry & COMPRESSED:
+                host = run.entry & OFFSET_MASK
+                if not host:
+                    continue
+            elif not run.placed:
                 continue
-            if have > want or corruptions:
-                if have < want:
-                    allocator.need_block(cluster)
-                refcounts.set_run(cluster, 1, want)
-        refcounts.settle()
-        if corruptions:
-            self._check_copied(fix=True)
-        allocator.start_at(0)
-        image.order.write_back()
-
-
-def _quiet_runs(checker: _Checker, entries: array[int]) -> Iterator[Run]:
-    """Runs of a table whose bad entries were reported before."""
-    start = 0
-    while start < len(entries):
-        try:
-            yield from runs(entries, start, len(entries), checker.geometry)
-            return
-        except BadEntryError as error:
-            start = error.index + 1
+            copied = bool(run.entry & COPIED)
+            try:
+                if copied and (geometry.external or refcounts.all_one(host >> bits, run.clusters)):
+                    continue
+            except OSError:
+                pass
+            for position in range(run.clusters):
+                try:
+                    count = 1 if geometry.external else refcounts.get((host >> bits) + position)
+                except OSError:
+                    continue
+                if (count == 1) != copied:
+                    where = run.at + position
+                    self._corruption(f"{word} OFLAG_COPIED data cluster: l2_entry={entries[where]:x} refcount={count}")
+                    wrong.append(where)
+        return wrong
 
 
 class BitmapEntry(Record, order="big"):

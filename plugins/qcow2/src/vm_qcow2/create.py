@@ -65,6 +65,9 @@ def create(file: Node, size: int, options: dict[str, Any]) -> None:
             options={"lazy-refcounts": False},
             open_data=None if data is None else lambda _name: data,
         )
+        if image.raw_data and preallocation == "off":
+            # What the data file says is what the guest reads, from the start.
+            preallocation = "metadata"
         if size:
             resize(image, size, preallocation=preallocation)
         if encryption is not None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+from .features import DIRTY
+from .refcounts import decode, encode
 
 if TYPE_CHECKING:
     from .image import Qcow2
@@ -11,6 +15,9 @@ if TYPE_CHECKING:
 
 def empty(image: Qcow2) -> None:
     """Every cluster is unallocated again, with no L2 table left; the file ends where the metadata does."""
+    if _simple(image):
+        _start_anew(image)
+        return
     image.writer.drop(0, image.size, zero=False, unallocated_too=False, requested=False)
     image.order.write_back()
     for index, entry in enumerate(image.tables.l1):
@@ -18,6 +25,67 @@ def empty(image: Qcow2) -> None:
             image.tables.remove(index)
     image.order.write_back()
     trim(image)
+
+
+def _l1_clusters(image: Qcow2) -> int:
+    return -(-len(image.tables.l1) * 8 // image.cluster_size)
+
+
+def _simple(image: Qcow2) -> bool:
+    """Whether nothing but guest data and its tables is in the image, so that these can be laid out anew at its start.
+
+    A mark in the header (version 3) tells everybody that reference counts are not right meanwhile.
+    """
+    header = image.header
+    return (
+        header.version >= 3
+        and not header.nb_snapshots
+        and not header.crypt_method
+        and not image.has_data_file
+        and not header.autoclear_features
+        and 3 + _l1_clusters(image) <= image.geometry.refblock_entries
+    )
+
+
+def _start_anew(image: Qcow2) -> None:
+    """Lay the image out as if it had just been made: header, refcount table, one block, L1 table.
+
+    At every moment the image on disk is whole, or marked as one whose reference counts have to be counted again.
+    """
+    store, header, file, cluster_size = image.store, image.header, image.file, image.cluster_size
+    l1, l1_clusters = image.tables.l1, _l1_clusters(image)
+    used = 3 + l1_clusters
+    image.order.write_back()
+    was_dirty = header.incompatible_features & DIRTY
+    store.set_dirty(True)
+    store.barrier()
+    # No guest data from here on. What the old tables took is leaked.
+    file.event("l1_update")
+    store.write(header.l1_table_offset, bytes(len(l1) * 8))
+    store.barrier()
+    # The new structures' place holds zeroes before anything points there; no reference count is believed any more.
+    file.event("empty_image_prepare")
+    file.zero(cluster_size, (used - 1) * cluster_size)
+    store.barrier()
+    file.event("reftable_update")
+    header.l1_table_offset = 3 * cluster_size
+    header.refcount_table_offset = cluster_size
+    header.refcount_table_clusters = 1
+    # These three lie beside each other, in one sector.
+    store.write_header("l1_table_offset", "refcount_table_clusters")
+    store.barrier()
+    file.event("refblock_alloc")
+    counts = decode(bytes(cluster_size), image.geometry.refcount_bits)
+    for cluster in range(used):
+        counts[cluster] = 1
+    store.write(2 * cluster_size, encode(counts, image.geometry.refcount_bits))
+    store.write_words(cluster_size, array("Q", (2 * cluster_size,)))
+    store.barrier()
+    file.truncate(used * cluster_size)
+    if not was_dirty:
+        store.set_dirty(False)
+    store.barrier()
+    image.start_anew()
 
 
 def trim(image: Qcow2) -> int:

@@ -107,9 +107,7 @@ def check_extension(header: Header, found: Sequence[Extension], name: str) -> He
     if header.crypt_method != METHODS["luks"]:
         raise ImageError(name, "CRYPTO header extension only expected with LUKS encryption method")
     if len(data) != HeaderPointer.LENGTH:
-        raise ImageError(
-            name, f"CRYPTO header extension size {len(data)}, but expected size {HeaderPointer.LENGTH}"
-        )
+        raise ImageError(name, f"CRYPTO header extension size {len(data)}, but expected size {HeaderPointer.LENGTH}")
     pointer = HeaderPointer.parse(data)
     cluster_size = 1 << header.cluster_bits
     if pointer.offset % cluster_size:
@@ -121,7 +119,12 @@ def check_extension(header: Header, found: Sequence[Extension], name: str) -> He
 
 
 def unlock(
-    file: Node, header: Header, found: Sequence[Extension], options: dict[str, Any], name: str, context: OpenContext | None
+    file: Node,
+    header: Header,
+    found: Sequence[Extension],
+    options: dict[str, Any],
+    name: str,
+    context: OpenContext | None,
 ) -> Encryption | None:
     """What decrypts the image, None where it is not encrypted; takes ``encrypt.format`` and ``encrypt.key-secret``.
 

@@ -89,8 +89,8 @@ def pack_extensions(extensions: Iterable[Extension]) -> bytes:
 
 
 def find(extensions: Iterable[Extension], type: int) -> bytes | None:
-    """The data of the first extension of *type*."""
-    return next((one.data for one in extensions if one.type == type), None)
+    """The data of the extension of *type*; of several the last counts, as for a reader that takes each in turn."""
+    return next((one.data for one in reversed(list(extensions)) if one.type == type), None)
 
 
 def string(data: bytes) -> str:

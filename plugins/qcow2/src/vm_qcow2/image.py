@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vm_core.block.format import BackingReference, Format
 from vm_core.block.mapping import Allocation, Kind, Mapping
 from vm_core.block.node import Node
-from vm_core.block.notices import notice
 from vm_core.errors import ImageError
 
 from . import extensions, features, overlap
@@ -117,10 +116,12 @@ class Qcow2(Format):
         if self.encryption is not None:
             self.encryption.put_over(self.data)
         #: The data file must stay readable as a raw image.
-        self.raw_data = self._external and bool(header.autoclear_features & features.RAW_DATA_FILE)
+        self.raw_data = bool(header.autoclear_features & features.RAW_DATA_FILE)
+        if self.raw_data and not self._external:
+            raise store.error("data-file-raw requires a data file")
         self.backing_reference = _backing_reference(file, header, self.extensions, name)
         # A check reads the table of snapshots itself, and mends it.
-        self.snapshot_table: SnapshotTable = SnapshotTable() if check else read_snapshots(store)
+        self.snapshot_table: SnapshotTable = SnapshotTable() if check else _read_snapshots(store)
         self._register_tables()
         self.order = Order(store, self.tables, self.refcounts, self.allocator, lazy=runtime.lazy)
         self.order.pass_discard = runtime.discard_request
@@ -235,7 +236,7 @@ class Qcow2(Format):
         from .check import check
 
         try:
-            found = check(self, repair="all", tell=notice)
+            found = check(self, repair="all", live=True)
             failed = self.store.corrupt or bool(found.get("corruptions"))
         except OSError:
             failed = True
@@ -566,6 +567,25 @@ class Qcow2(Format):
 
         empty(self)
 
+    def start_anew(self) -> None:
+        """Everything that is kept of the tables is outdated: read them again."""
+        store, runtime, old = self.store, self.runtime, self.order
+        self.metadata = MetadataMap(store)
+        self.metadata.checks = runtime.checks
+        self.refcounts = Refcounts(store)
+        self.refcounts.limit(runtime.refcount_cache)
+        self.allocator = Allocator(store, self.refcounts, self.metadata)
+        self.tables = Tables(store, self.allocator)
+        self.tables.limit(runtime.l2_cache)
+        self.order = Order(store, self.tables, self.refcounts, self.allocator, lazy=old.lazy)
+        self.order.pass_discard = old.pass_discard
+        self.order.pass_discard_snapshot = old.pass_discard_snapshot
+        self.order.pass_discard_other = old.pass_discard_other
+        self._writer = None
+        self._registered = False
+        self._register_tables()
+        self._known_end = self.file.size
+
     def reclaim(self) -> int:
         from .emptying import reclaim
 
@@ -616,6 +636,13 @@ def _check_features(file: Node, header: Header, name: str, *, refuse_corrupt: bo
     return extensions.read_extensions(file, header, name)
 
 
+def _read_snapshots(store: Store) -> SnapshotTable:
+    try:
+        return read_snapshots(store)
+    except OSError as error:
+        raise store.error(f"Failed to read snapshot table: {error.strerror}") from error
+
+
 def _backing_reference(
     file: Node, header: Header, found: Sequence[extensions.Extension], name: str
 ) -> BackingReference | None:
@@ -628,4 +655,6 @@ def _backing_reference(
         return None
     filename = file.pread(header.backing_file_offset, header.backing_file_size)
     format = extensions.find(found, extensions.BACKING_FORMAT)
+    if not extensions.string(filename):
+        return None
     return BackingReference(extensions.string(filename), extensions.string(format) if format is not None else None)

@@ -7,9 +7,7 @@ from vm_core.hookspecs import hookimpl
 
 #: In the order in which qemu-img tells them.
 _CREATE_OPTIONS = (
-    Option(
-        "encryption", "bool", "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)"
-    ),
+    Option("encryption", "bool", "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)"),
     Option("encrypt.format", "str", "Encrypt the image, format choices: 'aes', 'luks'"),
     Option("encrypt.key-secret", "str", "ID of secret providing qcow AES key or LUKS passphrase"),
     Option("encrypt.cipher-alg", "str", "Name of encryption cipher algorithm"),

@@ -105,7 +105,8 @@ class Refcounts:
         if found is not None:
             self._blocks.move_to_end(index)
             return found
-        offset = self.table[index] if index < len(self.table) else 0
+        # The reserved bits are for checks to tell of.
+        offset = self.table[index] & ~511 if index < len(self.table) else 0
         if not offset:
             return None
         if offset & self.geometry.cluster_size - 1:
@@ -237,6 +238,12 @@ class Refcounts:
         """Drop clean blocks, after something else changed the disk."""
         for index in [index for index, block in self._blocks.items() if not block.dirty]:
             del self._blocks[index]
+
+    def replace(self, table: array[int]) -> None:
+        """*table* is the refcount table on disk from now on; nothing of the former one is kept."""
+        self.table = table
+        self.unlinked.clear()
+        self._blocks.clear()
 
     def forget_changes(self) -> None:
         """Drop all blocks that differ from the disk: what was changed in them is given up."""

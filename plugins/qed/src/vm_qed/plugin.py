@@ -18,10 +18,10 @@ def vm_format_drivers() -> list[FormatDriver]:
             signatures=(Signature(0, b"QED\0"),),
             extensions=(".qed",),
             create_options=(
+                Option("size", "size", "Virtual disk size"),
                 Option("backing_file", "str", "File name of a base image"),
                 Option("backing_fmt", "str", "Image format of the base image"),
                 Option("cluster_size", "size", "Cluster size (in bytes)", default=65536),
-                Option("size", "size", "Virtual disk size"),
                 Option("table_size", "size", "L1/L2 table size (in clusters)"),
             ),
         )

@@ -15,17 +15,17 @@ _OPTIONS = (
 )
 
 _CREATE_OPTIONS = (
-    Option(
-        "force_size",
-        "bool",
-        "Force disk size calculation to use the actual size specified, rather than using the nearest CHS-based "
-        "calculation",
-    ),
     Option("size", "size", "Virtual disk size"),
     Option(
         "subformat",
         "str",
         "Type of virtual hard disk format. Supported formats are {dynamic (default) | fixed} ",
+    ),
+    Option(
+        "force_size",
+        "bool",
+        "Force disk size calculation to use the actual size specified, rather than using the nearest CHS-based "
+        "calculation",
     ),
 )
 

@@ -68,9 +68,14 @@ def commit(
 
 
 def empty(node: Node) -> None:
-    """Forget all data of an image. Raises ImageError, BlockError."""
-    if not isinstance(node, FormatNode):
-        raise ImageError("", f"Could not empty {node.filename}: Operation not supported")
-    with node.quiesce() as driver:
-        driver.empty()
-        driver.flush()
+    """Forget all data of an image. Raises ImageError."""
+    try:
+        if not isinstance(node, FormatNode):
+            raise BlockError.of(errno.ENOTSUP)
+        with node.quiesce() as driver:
+            driver.empty()
+            driver.flush()
+    except UsageError as error:
+        raise ImageError("", f"Failed to empty {node.filename}: Operation not supported") from error
+    except OSError as error:
+        raise ImageError("", f"Failed to empty {node.filename}: {error.strerror or error}") from error

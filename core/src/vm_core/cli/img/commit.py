@@ -75,17 +75,13 @@ def _cause(error: BaseException) -> str:
 
 
 def _find(images: list[Node], name: str) -> Node | None:
-    """The backing image that *name* names: as recorded, as opened, or as the same file."""
+    """The backing image that *name* names, seen from the directory of the image above it."""
     for overlay, image in zip(images, images[1:], strict=False):
-        reference = getattr(getattr(overlay, "format", None), "backing_reference", None)
-        if name in (image.filename, reference.filename if reference is not None else None):
-            return image
-    directory = os.path.dirname(images[0].filename)
-    for path in (os.path.join(directory, name), name):
-        for image in images[1:]:
-            try:
-                if os.path.samefile(path, image.filename):
-                    return image
-            except OSError:
-                continue
+        path = os.path.join(os.path.dirname(overlay.filename), name)
+        try:
+            if os.path.samefile(path, image.filename):
+                return image
+        except OSError:
+            if name == image.filename:  # no file: another protocol's name
+                return image
     return None

@@ -243,12 +243,12 @@ def _convert(tool: Tool, given: _Arguments, sources: list[Node], stack: ExitStac
     size = sum(sectors_up(node.size) for node in sources)
     options = _create_options(tool, given)
     backing = options.get("backing_file", "") if given.create else given.backing
+    if len(sources) > 1 and backing:
+        raise Failure("Having a backing file for the target makes no sense when concatenating multiple input images")
     if given.create:
         if backing and not options.get("backing_fmt"):
             raise Failure("Use of backing file requires explicit backing format")
         _check_compression(given, options)
-    if len(sources) > 1 and backing:
-        raise Failure("Having a backing file for the target makes no sense when concatenating multiple input images")
     if given.bitmaps:
         _check_bitmaps(given, sources)
     cache = tool.cache(given.cache)

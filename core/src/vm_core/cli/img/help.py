@@ -343,7 +343,8 @@ def _extra() -> dict[str, Command]:
 
     from . import main
 
-    return {name: command for name, command in EXTRA.items() if find_spec(f"{__package__}.{main.EXTRA[name]}")}
+    there = [name for name, module in main.EXTRA.items() if find_spec(f"{__package__}.{module}")]
+    return {name: EXTRA.get(name, Command("", "see its help")) for name in there}
 
 
 def _command_page(tool: Tool, name: str) -> str:

@@ -83,6 +83,7 @@ def image_info(node: Node) -> dict[str, Any]:
     """QEMU's ImageInfo of an open image."""
     from ...block.create import backing_path
     from ...block.formatnode import FormatNode
+    from ...block.names import place_of
 
     info: dict[str, Any] = {
         "filename": node.filename,
@@ -101,7 +102,9 @@ def image_info(node: Node) -> dict[str, Any]:
         reference = format.backing_reference
         if reference is not None:
             info["backing-filename"] = reference.filename
-            info["full-backing-filename"] = backing_path(reference.filename, node.filename)
+            place = place_of(node)
+            if place is not None:
+                info["full-backing-filename"] = backing_path(reference.filename, place)
             if reference.format:
                 info["backing-filename-format"] = reference.format
         snapshots = list(format.snapshots())
@@ -129,39 +132,19 @@ def describe(info: dict[str, Any]) -> str:
         lines.append("cleanly shut down: no")
     backing = info.get("backing-filename")
     if backing is not None:
-        full = info["full-backing-filename"]
-        lines.append(f"backing file: {backing}" + (f" (actual path: {full})" if full != backing else ""))
+        full = info.get("full-backing-filename")
+        more = " (cannot determine actual path)" if full is None else f" (actual path: {full})"
+        lines.append(f"backing file: {backing}{more if full != backing else ''}")
         if "backing-filename-format" in info:
             lines.append(f"backing file format: {info['backing-filename-format']}")
     if "snapshots" in info:
         lines += snapshot_table(info["snapshots"])
     if "format-specific" in info:
+        from ..facts import lines as facts
+
         lines.append("Format specific information:")
-        lines += _members(info["format-specific"]["data"], 1)
+        lines += [fact.rstrip("\n") for fact in facts(info["format-specific"]["data"], 1)]
     return "".join(line + "\n" for line in lines)
-
-
-def _members(members: dict[str, Any], depth: int) -> list[str]:
-    from ...jsontext import ordered
-
-    lines: list[str] = []
-    for name, value in ordered(members):
-        lines += _entry(name.replace("-", " "), value, depth)
-    return lines
-
-
-def _entry(name: str, value: Any, depth: int) -> list[str]:
-    indent = "    " * depth
-    if isinstance(value, dict):
-        return [f"{indent}{name}:", *_members(value, depth + 1)]
-    if isinstance(value, list | tuple):
-        lines = [f"{indent}{name}:"]
-        for number, item in enumerate(value):
-            lines += _entry(f"[{number}]", item, depth + 1)
-        return lines
-    if isinstance(value, bool):
-        value = "true" if value else "false"
-    return [f"{indent}{name}: {value}"]
 
 
 def snapshot_table(snapshots: Sequence[dict[str, Any]]) -> list[str]:

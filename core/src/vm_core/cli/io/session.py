@@ -116,9 +116,6 @@ class Session:
         spec: dict[str, Any] = nest(options)
         if name is not None:
             given = parse_spec(name)
-            for key in given:
-                if key in spec and spec[key] != given[key]:
-                    raise UsageError(f"the option '{key}' is in the name and among the options")
             spec = {**given, **spec}
         elif "driver" not in spec and "file" not in spec and "filename" not in spec:
             raise UsageError("Must specify either driver or file")

@@ -145,10 +145,9 @@ def _do_read(session: Session, node: Node, offset: int, buffers: Sequence[memory
     _check(session, offset, length)
     if length:
         if session.how.copy_on_read:
-            from ...block.formatnode import FormatNode
+            from .copyonread import copy_up
 
-            if isinstance(node, FormatNode):
-                node.copy_up(offset, length)
+            copy_up(node, offset, length)
         node.read(offset, buffers)
 
 
