@@ -81,9 +81,7 @@ def _luks(images: Images) -> Path:
 def _read_only(title: str, goal: float, *words: str, sources: tuple[Callable[[Images], Path], ...]) -> Bench:
     def bench(images: Images, rounds: int) -> Contest:
         paths = [source(images) for source in sources]
-        return contest(
-            title, goal, [images.img, *words, *paths], [ours(), *words, *paths], rounds=rounds
-        )
+        return contest(title, goal, [images.img, *words, *paths], [ours(), *words, *paths], rounds=rounds)
 
     return bench
 
@@ -175,9 +173,7 @@ BENCHES: dict[str, Bench] = {
     "raw-vpc": _convert("raw to vhd", 0.8, _raw, "vpc"),
     "raw-vhdx": _convert("raw to vhdx", 0.8, _raw, "vhdx"),
     "compress-zlib": _convert("raw to qcow2, zlib", 0.25, _raw, "qcow2", "-c"),
-    "compress-zstd": _convert(
-        "raw to qcow2, zstd", 0.4, _raw, "qcow2", "-c", "-o", "compression_type=zstd"
-    ),
+    "compress-zstd": _convert("raw to qcow2, zstd", 0.4, _raw, "qcow2", "-c", "-o", "compression_type=zstd"),
     "decompress-zlib": _convert("zlib qcow2 to raw", 0.4, _zlib, "raw"),
     "decompress-zstd": _convert("zstd qcow2 to raw", 0.4, _zstd, "raw"),
     "luks-raw": _convert("luks to raw", 0.5, _luks, "raw", secret=True),

@@ -256,6 +256,8 @@ def _flat(values: Mapping[str, Any], known: Mapping[str, Option]) -> list[tuple[
 def convert(value: Any, option: Option, where: str) -> Any:
     """One *value* as *option* declares it."""
     name = f"{where}: {option.name}"
+    if isinstance(value, (dict, list)) and option.type in ("bool", "size", "int", "enum"):
+        raise UsageError(f"{name}: one value is needed, not members")
     if option.type == "bool":
         return parse_bool(value, name)
     if option.type == "size":

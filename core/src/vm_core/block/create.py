@@ -85,19 +85,21 @@ class NewImage:
         try:
             with _as_image_errors(self.filename):
                 file = _open({"driver": self._protocol, **self._target}, OpenContext(readonly=False))
-                try:
-                    self._driver.load().create(file, size, options)
-                except BaseException:
-                    with suppress(OSError, VmError):
-                        file.close()
-                    raise
-                file.close()
+            try:
+                self._driver.load().create(file, size, options)
+            except BaseException:
+                with suppress(OSError, VmError):
+                    file.close()
+                raise
+            file.close()
             if options:
                 raise UsageError(f"Format driver '{self.format}' does not know the option {min(options)!r}")
         except BaseException as error:
             if self._protocol == "file" and not isinstance(error, LockError):
                 with suppress(OSError):
                     os.unlink(self._target["filename"])
+            if isinstance(error, OSError) and not isinstance(error, VmError):
+                raise ImageError(self.filename, error.strerror or str(error)) from error
             raise
 
     def _check_choices(self) -> None:
@@ -215,7 +217,7 @@ def _check_backing(new: NewImage, look: bool, need_format: bool, gate: Gate | No
     from .open import open_node
 
     try:
-        node = open_node(backing_path(backing, new.filename), format=format, share=True, gate=gate)
+        node = open_node(backing_path(backing, new.filename), format=format, share=True, gate=gate, io=False)
     except VmError as error:
         raise ImageError(
             "", f"{error} (backing image)", peer=f"{error.peer or error}\nCould not open backing image."

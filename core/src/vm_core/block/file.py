@@ -525,6 +525,19 @@ class FileProtocol(Protocol):
         if fua:
             self.flush()
 
+    def zero_fast(self, offset: int, length: int, *, unmap: bool = False) -> bool:
+        if self.readonly:
+            raise self.read_only_error()
+        try:
+            done = (unmap and self.unmap and self._punch(offset, length)) or self._zero_range(offset, length)
+        except OSError as error:
+            raise _error(error) from None
+        finally:
+            self._written = next(self._writes)
+        if done:
+            self._grown(offset + length)
+        return done
+
     def _punch(self, offset: int, length: int) -> bool:
         if not self._can_punch:
             return False

@@ -81,6 +81,11 @@ class Filter(Node):
             raise self.read_only_error()
         self.file.zero(offset, length, unmap=unmap, fua=fua)
 
+    def zero_fast(self, offset: int, length: int, *, unmap: bool = False) -> bool:
+        if self.readonly:
+            raise self.read_only_error()
+        return self.file.zero_fast(offset, length, unmap=unmap)
+
     def discard(self, offset: int, length: int) -> None:
         if self.readonly:
             raise self.read_only_error()

@@ -20,6 +20,7 @@ from ..errors import ImageError, UsageError
 from .mapping import Allocation, Mapping
 
 if TYPE_CHECKING:
+    from .inplace import Source, Target
     from .node import Node
     from .open import OpenContext
 
@@ -61,8 +62,17 @@ class Format(ABC):
     tracking: bool = False
     #: Guest data can be written only compressed: whole clusters, each once.
     compressed_only: bool = False
+    #: Whether ``info`` tells the cluster size and whether the image was closed cleanly: QEMU's drivers of a few formats
+    #: keep that to themselves.
+    tells_clusters: bool = True
+    #: Whether QEMU's driver says where data is; where not, a program that stands in for QEMU's tells data of the whole
+    #: image in ``map``.
+    peer_maps: bool = True
     #: The recorded backing image, None for a standalone one.
     backing_reference: BackingReference | None = None
+
+    #: Guest data is encrypted.
+    encrypted: bool = False
 
     @classmethod
     @abstractmethod
@@ -78,6 +88,11 @@ class Format(ABC):
     @abstractmethod
     def size(self) -> int:
         """The virtual size in bytes."""
+
+    @property
+    def dirty(self) -> bool:
+        """Whether the image says that it was not closed cleanly (``dirty-flag``)."""
+        return False
 
     @abstractmethod
     def map(self, offset: int, length: int) -> Iterable[Mapping]:
@@ -203,6 +218,17 @@ class Format(ABC):
     def bitmap_merge(self, name: str, granularity: int, bits: bytes | bytearray) -> None:
         """Set in bitmap *name* what another one, of whatever granularity, has set."""
         raise UsageError("this format has no bitmaps")
+
+    # Becoming an image of another format (capability ``inplace``): see ``inplace.py``
+
+    def inplace_source(self) -> Source:
+        """This image as the source of an in-place conversion."""
+        raise UsageError("this format cannot be converted in place")
+
+    @classmethod
+    def inplace_target(cls) -> type[Target]:
+        """What writes this format's metadata over another's data."""
+        raise UsageError("this format cannot be converted to in place")
 
     # Changes of the image as a whole
 

@@ -49,7 +49,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from ..errors import BlockError, ImageError, VmError
 from .extents import Lease, Step, plan
-from .format import Format
+from .format import Format, Progress
 from .imagenode import ImageNode
 from .mapping import Allocation, Kind, Mapping
 from .node import Buffer, Node
@@ -682,8 +682,9 @@ class FormatNode(ImageNode):
         first, last = start - start % unit, min(-(-end // unit) * unit, size)
         if self._reads_zero(first, start) and self._reads_zero(end, last):
             self._zero_clusters(first, last, unmap)
-        elif not self._reads_zero(start, end):
-            self._write_zeroes(start, end)
+        else:
+            # Also where it reads as zeroes by now: the image below may change under a cluster that is not ours yet.
+            self._write_zeroes(start, end, even_zeroes=True)
 
     def _zero_clusters(self, start: int, end: int, unmap: bool) -> None:
         with self._mutex:
@@ -691,14 +692,29 @@ class FormatNode(ImageNode):
                 return
         self._write_zeroes(start, end)
 
-    def _write_zeroes(self, start: int, end: int) -> None:
+    def _write_zeroes(self, start: int, end: int, *, even_zeroes: bool = False) -> None:
         """Zeroes as data. The clusters are locked exclusively by the caller."""
         while start < end:
             step = min(end - start, ZERO_STEP - start % ZERO_STEP)
             # Above a backing image zeroes are written even where that has zeroes too: it may not always.
-            if self._backing is not None or not self._reads_zero(start, start + step):
+            if even_zeroes or self._backing is not None or not self._reads_zero(start, start + step):
                 self._write_allocating(start, step, zero_views(step))
             start += step
+
+    @_as_block_errors
+    def zero_fast(self, offset: int, length: int, *, unmap: bool = False) -> bool:
+        if self.readonly:
+            raise self.read_only_error()
+        if offset < 0 or offset + length > self.format.size:
+            raise self._past_end()
+        start, end = self._clusters(offset, length)
+        inside = min(end, self.format.size)
+        with self._exclusive(start, end):
+            # Clusters of which only a part is asked for are zeroed whole if the rest of them is zeroes already.
+            if not (self._reads_zero(start, offset) and self._reads_zero(offset + length, inside)):
+                return False
+            with self._mutex:
+                return self.format.zero(start, inside - start, unmap=unmap and self.discard_unmap)
 
     def _reads_zero(self, start: int, end: int) -> bool:
         """Whether metadata says that the range reads as zeroes. The range is locked by the caller."""
@@ -721,6 +737,9 @@ class FormatNode(ImageNode):
         for begin, finish in _portions(start, stop, unit):
             with self._exclusive(begin, -(-finish // unit) * unit), self._mutex:
                 self.format.discard(begin, finish - begin)
+        if self.format.failed and (offset < start or stop < end):
+            # The parts of clusters would have been a request of their own.
+            raise BlockError.of(errno.ENOMEDIUM)
         if self.format.tracking:
             self._written(offset, length)
 
@@ -809,6 +828,20 @@ class FormatNode(ImageNode):
         with self._exclusive(0, EVERYTHING), self._mutex:
             former = self.format.size
             self.format.truncate(size)
+        self._blank_gained(former, size)
+
+    def amend(self, options: dict[str, Any], *, force: bool = False, progress: Progress | None = None) -> None:
+        """Change what :meth:`.Format.amend` changes; the size may be among it."""
+        if self.readonly:
+            raise self.read_only_error()
+        with self._exclusive(0, EVERYTHING), self._mutex:
+            former = self.format.size
+            self.format.amend(options, force=force, progress=progress)
+            size = self.format.size
+        self._blank_gained(former, size)
+
+    def _blank_gained(self, former: int, size: int) -> None:
+        """Let what an image gained read as zeroes."""
         # The rest of the last cluster may hold anything, and a backing image that is longer would show through.
         unit, below = self.cluster_size, self._backing.size if self._backing is not None else 0
         gained = min(size, max(-(-former // unit) * unit, below))

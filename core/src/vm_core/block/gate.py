@@ -19,8 +19,9 @@ import stat
 
 from ..errors import GateError
 
-#: A name that begins so names a protocol. One letter is a drive on Windows.
-SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9_.+-]+):")
+#: A name that begins so names a protocol: as in QEMU whatever stands before a colon that comes before any slash. On
+#: Windows one letter is a drive.
+SCHEME = re.compile(r"^([^/:]*):" if os.sep == "/" else r"^([A-Za-z][A-Za-z0-9_.+-]+):")
 
 #: Images in a chain, at most.
 MAX_DEPTH = 200

@@ -22,7 +22,11 @@ def defining(options: dict[str, Any], descriptor: Descriptor | None) -> dict[str
         return {}
     known = () if descriptor is None else descriptor.options
     wanted = {option.name for option in known if option.defining}
-    return flat({key: value for key, value in options.items() if key in wanted}) if wanted else {}
+    if not wanted:
+        return {}
+    found = flat({key: value for key, value in options.items() if key in wanted})
+    found.update({key: value for key, value in flat(options).items() if key in wanted})
+    return found
 
 
 def call(node: Node, driver: str, given: dict[str, Any]) -> None:

@@ -84,6 +84,10 @@ class Node(ABC):
         """Like :meth:`read`, but only if that cannot block. False: nothing is promised, call :meth:`read`."""
         return False
 
+    def zero_fast(self, offset: int, length: int, *, unmap: bool = False) -> bool:
+        """Like :meth:`zero`, but only if no zeroes have to be written. False, with nothing done, where they had to."""
+        return False
+
     @abstractmethod
     def map(self, offset: int, length: int) -> Iterator[Mapping]:
         """Runs that cover ``[offset, offset + length)`` of this node alone, in order, adjoining, cut to the range."""

@@ -12,6 +12,15 @@ from collections.abc import Callable
 sink: Callable[[str], None] | None = None
 
 
+#: The name of the program, where it has one that its messages begin with.
+program: str = ""
+
+
+def report(text: str) -> None:
+    """Tell a line that begins with the program's name, as its own errors do."""
+    notice(f"{program}: {text}" if program else text)
+
+
 def notice(text: str) -> None:
     """Tell one line; on standard error unless :data:`sink` says otherwise."""
     if sink is not None:

@@ -509,7 +509,11 @@ def _open_format(
         raise
     reference = opened.backing_reference
     if backing is None or backing == "" or not context.follow_backing:
-        if context.backing_given and reference is not None:
+        if isinstance(backing, dict) and backing:
+            raise UsageError("the image's backing images are not opened here").put(
+                f"Block format '{driver}' does not support the option '{_leaf('backing', {'backing': backing})}'"
+            )
+        if context.backing_given and context.follow_backing and reference is not None:
             names.call_with_backing(node)
         return node, None
     if backing == "follow" and context.graph.get("follow") is None:

@@ -165,6 +165,13 @@ class RawNode(ImageNode):
     def _zero(self, offset: int, length: int, unmap: bool, fua: bool) -> None:
         self.file.zero(self.offset + offset, length, unmap=unmap, fua=fua)
 
+    def zero_fast(self, offset: int, length: int, *, unmap: bool = False) -> bool:
+        if self.readonly:
+            raise self.read_only_error()
+        if offset + length > self.size:
+            raise self._past_end()
+        return self.file.zero_fast(self.offset + offset, length, unmap=unmap and self.discard_unmap)
+
     def _discard(self, offset: int, length: int) -> None:
         self.file.discard(self.offset + offset, length)
 

@@ -62,9 +62,7 @@ def ours(directory: Path) -> list[str]:
     """A command line that runs vm-io under the peer's name."""
     link = directory / "qemu-io"
     if not link.exists():
-        link.write_text(
-            f"#!{sys.executable}\nimport sys\nfrom vm_core.cli.io.main import main\nsys.exit(main())\n"
-        )
+        link.write_text(f"#!{sys.executable}\nimport sys\nfrom vm_core.cli.io.main import main\nsys.exit(main())\n")
         link.chmod(0o755)
     return [str(link)]
 

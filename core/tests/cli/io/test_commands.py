@@ -89,7 +89,40 @@ script(
     "raw.img",
     *[
         f"alloc {text} 0"
-        for text in ["1.5k", "1.5", "0x200", "010", "1k5", "1kb", "1K", "1B", "1b", "1E", "8E", "9223372036854775807", "9223372036854775808", "18446744073709551616", "+1", "0x", "0x1k", "0x1E", "0x1B", "1e3", ".5k", "1.k", "nan", "inf", "0.00001k", "0.0005k", "0.0004k", "1.0", "1.5b", "1.", "-1", "'0'"]
+        for text in [
+            "1.5k",
+            "1.5",
+            "0x200",
+            "010",
+            "1k5",
+            "1kb",
+            "1K",
+            "1B",
+            "1b",
+            "1E",
+            "8E",
+            "9223372036854775807",
+            "9223372036854775808",
+            "18446744073709551616",
+            "+1",
+            "0x",
+            "0x1k",
+            "0x1E",
+            "0x1B",
+            "1e3",
+            ".5k",
+            "1.k",
+            "nan",
+            "inf",
+            "0.00001k",
+            "0.0005k",
+            "0.0004k",
+            "1.0",
+            "1.5b",
+            "1.",
+            "-1",
+            "'0'",
+        ]
     ],
     options="-f raw",
 )
@@ -97,13 +130,56 @@ script(
     "patterns",
     BASE,
     "raw.img",
-    *[f"write -P {text} 0 1" for text in ["0", "255", "256", "-1", "010", "08", "0xff", "0x100", "x", "1x", "0x", "''", "+3", "1.0", "1k"]],
+    *[
+        f"write -P {text} 0 1"
+        for text in ["0", "255", "256", "-1", "010", "08", "0xff", "0x100", "x", "1x", "0x", "''", "+3", "1.0", "1k"]
+    ],
     options="-f raw",
 )
 
 # Words of commands
 
-for command in ["abort", "aio_flush", "aio_read", "aio_write", "alloc", "break", "close", "discard", "flush", "help", "info", "length", "map", "open", "quit", "read", "readv", "remove_break", "reopen", "resume", "sigraise", "sleep", "truncate", "wait_break", "write", "writev", "nosuch", "?", "a", "c", "d", "f", "i", "l", "o", "q", "r", "t", "w"]:
+for command in [
+    "abort",
+    "aio_flush",
+    "aio_read",
+    "aio_write",
+    "alloc",
+    "break",
+    "close",
+    "discard",
+    "flush",
+    "help",
+    "info",
+    "length",
+    "map",
+    "open",
+    "quit",
+    "read",
+    "readv",
+    "remove_break",
+    "reopen",
+    "resume",
+    "sigraise",
+    "sleep",
+    "truncate",
+    "wait_break",
+    "write",
+    "writev",
+    "nosuch",
+    "?",
+    "a",
+    "c",
+    "d",
+    "f",
+    "i",
+    "l",
+    "o",
+    "q",
+    "r",
+    "t",
+    "w",
+]:
     if command not in ("abort",):
         script(f"count-{command}", BASE, "base.qcow2", command, f"{command} 1 2 3 4 5 6 7", "length")
     script(f"help-{command}", BASE, None, f"help {command}")
@@ -318,7 +394,9 @@ script("snapshot", BASE, "base.qcow2", "write 0 64k", "read -P 0xcd 0 64k", opti
 script("writeback", BASE, "base.qcow2", "write 0 64k", "write -f 64k 64k", "flush", "f", options="-t writeback")
 script("unsafe", BASE, "base.qcow2", "write 0 64k", "flush", options="-t unsafe")
 script("direct", BASE, "base.qcow2", "write 0 64k", "write 70000 100", "read -v 70000 4", options="-n -m")
-script("open-close", BASE, "base.qcow2", "close", "length", "open raw.img", "open -f raw raw.img", "open base.qcow2", "l")
+script(
+    "open-close", BASE, "base.qcow2", "close", "length", "open raw.img", "open -f raw raw.img", "open base.qcow2", "l"
+)
 script(
     "open",
     BASE,

@@ -22,6 +22,7 @@ class Bochs(Format):
     """One open image. ``_catalog[n]`` is the number of the extent that holds guest extent *n*."""
 
     readonly = True
+    tells_clusters = peer_maps = False
 
     @classmethod
     def open(cls, file, options, context):

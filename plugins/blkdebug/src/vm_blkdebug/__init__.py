@@ -8,6 +8,7 @@ QEMU's *docs/devel/blkdebug* and in the QAPI type *BlockdevOptionsBlkdebug*; fil
 ``rules``      rules: which event does what in which state
 ``configfile`` rules from a configuration file
 ``engine``     the state, the errors that are armed, the requests that are stopped
+``blocklock``  requests that change parts of blocks exclude each other
 ``limits``     alignment and greatest lengths that the node pretends to have
 ``node``       the node
 =============  =========================================================================================

@@ -35,12 +35,7 @@ class Limits:
     def any(self) -> bool:
         """Whether there is a limit at all."""
         return bool(
-            self.align
-            or self.max_transfer
-            or self.opt_zero
-            or self.max_zero
-            or self.opt_discard
-            or self.max_discard
+            self.align or self.max_transfer or self.opt_zero or self.max_zero or self.opt_discard or self.max_discard
         )
 
 

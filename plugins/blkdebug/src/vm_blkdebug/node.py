@@ -16,10 +16,10 @@ from vm_core.block import names
 from vm_core.block.filter import Filter
 from vm_core.block.mapping import Mapping
 from vm_core.block.node import Buffer, Node
-from vm_core.block.rangelock import RangeLock
 from vm_core.block.vectors import cut, total, zero_views
 from vm_core.errors import ImageError
 
+from .blocklock import BlockLock
 from .engine import Engine
 from .limits import Limits, fragments, pieces
 from .rules import BLOCK_STATUS, DISCARD, FLUSH, READ, SECTIONS, WRITE, WRITE_ZEROES, Rule, make
@@ -47,7 +47,7 @@ class Blkdebug(Filter):
         self.limits = limits or Limits({}, file.request_alignment)
         self._align = max(self.limits.align, 1)
         self.request_alignment = max(self._align, file.request_alignment)
-        self._blocks = RangeLock() if self._align > 1 else None
+        self._blocks = BlockLock() if self._align > 1 else None
         self.engine.event("none")
 
     @classmethod
@@ -181,6 +181,14 @@ class Blkdebug(Filter):
             self.flush()
         self.engine.event("pwritev_done")
 
+    def zero_fast(self, offset: int, length: int, *, unmap: bool = False) -> bool:
+        if self.readonly:
+            raise self.read_only_error()
+        if offset % self._align or length % self._align:
+            return False
+        self.engine.check(WRITE_ZEROES, offset, length)
+        return self.file.zero_fast(offset, length, unmap=unmap)
+
     def _write_zeroes(self, offset: int, length: int) -> None:
         for begin, step in pieces(offset, length, ZERO_STEP):
             self.write(begin, zero_views(step))
@@ -223,12 +231,11 @@ class Blkdebug(Filter):
         if blocks is None:
             yield
             return
-        with blocks.mutex:
-            ticket = blocks.exclusive(start, end) if exclusive else blocks.shared(start, end)
+        request = blocks.acquire(start, end, exclusive=exclusive)
         try:
             yield
         finally:
-            blocks.release(ticket)
+            blocks.release(request)
 
 
 def _rules(section: str, members: Any) -> list[Rule]:

@@ -8,7 +8,7 @@ from vm_core.hookspecs import hookimpl
 _OPTIONS = (
     Option("image", "node", "the node below: an image file, or any other node", required=True),
     Option("config", "str", "file with rules", defining=True),
-    Option("inject-error", "str", "rules: inject-error.N.event, .errno, .sector, .state, .once, .iotype", defining=True),
+    Option("inject-error", "str", "rules: inject-error.N.event, .errno, .sector, .state, .once", defining=True),
     Option("set-state", "str", "rules: set-state.N.event, .state, .new_state", defining=True),
     Option("align", "size", "required alignment of requests, a power of two", 0, defining=True),
     Option("max-transfer", "size", "longest read or write, a multiple of the alignment", 0, defining=True),

@@ -10,8 +10,7 @@ from typing import Any
 from vm_core.errors import ImageError
 
 #: What format drivers and the node itself announce (QAPI: *BlkdebugEvent*). ``none`` comes once, when it is opened.
-EVENTS = frozenset(
-    """
+_EVENT_NAMES = """
     l1_update l1_grow_alloc_table l1_grow_write_table l1_grow_activate_table l2_load l2_update l2_update_compressed
     l2_alloc_cow_read l2_alloc_write read_aio read_backing_aio read_compressed write_aio write_compressed vmstate_load
     vmstate_save cow_read cow_write reftable_load reftable_grow reftable_update refblock_load refblock_update
@@ -19,8 +18,8 @@ EVENTS = frozenset(
     refblock_alloc_write_table refblock_alloc_switch_table cluster_alloc cluster_alloc_bytes cluster_free flush_to_os
     flush_to_disk pwritev_rmw_head pwritev_rmw_after_head pwritev_rmw_tail pwritev_rmw_after_tail pwritev pwritev_zero
     pwritev_done empty_image_prepare l1_shrink_write_table l1_shrink_free_l2_clusters cor_write cluster_alloc_space none
-    """.split()
-)
+"""
+EVENTS = frozenset(_EVENT_NAMES.split())
 
 #: Kinds of requests (QAPI: *BlkdebugIOType*).
 READ, WRITE, WRITE_ZEROES, DISCARD, FLUSH, BLOCK_STATUS = (

@@ -33,6 +33,9 @@ class Header(Record):
 class Cloop(Format):
     """One open image. Block *n* is the zlib stream from ``_offsets[n]`` to ``_offsets[n + 1]``."""
 
+    tells_clusters = False
+    peer_maps = False
+
     readonly = True
 
     def __init__(self, file: Node, block_size: int, offsets: array[int]) -> None:

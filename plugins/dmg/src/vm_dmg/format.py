@@ -103,6 +103,9 @@ class Chunk(NamedTuple):
 class Dmg(Format):
     """One open image; ``_chunks`` in guest order, gaps read as zeroes."""
 
+    tells_clusters = False
+    peer_maps = False
+
     readonly = True
 
     def __init__(self, file: Node, size: int, chunks: list[Chunk]) -> None:

@@ -84,7 +84,7 @@ class Blkverify(Node):
     def read(self, offset: int, buffers: Sequence[Buffer]) -> None:
         length = total(buffers)
         other = bytearray(length)
-        failures = []
+        failures: list[OSError | None] = []
         for node, target in ((self.test, list(buffers)), (self.raw, [memoryview(other)])):
             try:
                 node.read(offset, target)

@@ -46,7 +46,7 @@ def vm_protocol_drivers() -> list[ProtocolDriver]:
             options=(
                 Option("children", "str", "the images: children.N", defining=True),
                 Option("vote-threshold", "str", "how many have to agree", defining=True),
-                Option("blkverify", "str", "say which bytes differ, with two images and a threshold of 2", defining=True),
+                Option("blkverify", "str", "say which bytes differ (two images, threshold 2)", defining=True),
                 Option("rewrite-corrupted", "str", "write what most say to those that differ", defining=True),
                 Option("read-pattern", "str", "quorum (vote) or fifo (the first that can be read)", defining=True),
             ),

@@ -72,7 +72,9 @@ class Quorum(Node):
         verify, rewrite = (_switch(name, options.pop(name, False)) for name in ("blkverify", "rewrite-corrupted"))
         if pattern == "quorum":
             if verify and (len(children) != 2 or threshold != 2):
-                raise ImageError("", "blkverify=on can only be set if there are exactly two files and vote-threshold is 2")
+                raise ImageError(
+                    "", "blkverify=on can only be set if there are exactly two files and vote-threshold is 2"
+                )
             if verify and rewrite:
                 raise ImageError("", "rewrite-corrupted=on cannot be used with blkverify=on")
         nodes: list[Node] = []

@@ -47,6 +47,10 @@ class Throttle(Filter):
         self._group.pass_through(self._member, WRITE, length)
         super().zero(offset, length, unmap=unmap, fua=fua)
 
+    def zero_fast(self, offset: int, length: int, *, unmap: bool = False) -> bool:
+        self._group.pass_through(self._member, WRITE, length)
+        return super().zero_fast(offset, length, unmap=unmap)
+
     def discard(self, offset: int, length: int) -> None:
         self._group.pass_through(self._member, WRITE, length)
         super().discard(offset, length)

@@ -36,7 +36,9 @@ def vm_format_drivers() -> list[FormatDriver]:
             capabilities={"amend", "create", "measure", "resize", "write"},
             signatures=(Signature(0, b"LUKS\xba\xbe\x00\x01"),),
             extensions=(".luks",),
-            options=(Option("key-secret", "str", "ID of the secret that provides a passphrase of the image"),),
+            options=(
+                Option("key-secret", "str", "ID of the secret that provides a passphrase of the image", defining=True),
+            ),
             create_options=_CREATE_OPTIONS,
             amend_options=_AMEND_OPTIONS,
         )

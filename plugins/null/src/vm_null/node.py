@@ -90,6 +90,10 @@ class NullCo(Protocol):
             raise self.read_only_error()
         self._wait()
 
+    def zero_fast(self, offset: int, length: int, *, unmap: bool = False) -> bool:
+        self.zero(offset, length)
+        return True
+
     def discard(self, offset: int, length: int) -> None:
         if self.readonly:
             raise self.read_only_error()

@@ -52,6 +52,8 @@ class Header(Record, order="little"):
 class Parallels(Format):
     """One open image. ``_bat[n]`` times ``_unit`` is where guest cluster *n* lies; 0: nowhere."""
 
+    tells_clusters = False
+
     def __init__(self, file: Node, header: Header, bat: array[int], name: str, readonly: bool) -> None:
         self.file = file
         self.readonly = readonly

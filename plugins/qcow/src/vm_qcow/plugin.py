@@ -18,9 +18,9 @@ def vm_format_drivers() -> list[FormatDriver]:
             signatures=(Signature(0, b"QFI\xfb\0\0\0\x01"),),
             extensions=(".qcow",),
             create_options=(
+                Option("size", "size", "Virtual disk size"),
                 Option("backing_file", "str", "File name of a base image"),
                 Option("backing_fmt", "str", "Format of the backing image"),
-                Option("size", "size", "Virtual disk size"),
             ),
         )
     ]

@@ -16,9 +16,11 @@ Rules of this module:
 from __future__ import annotations
 
 import errno
+import os
 from array import array
 from collections.abc import Sequence
 
+from vm_core.block.notices import notice
 from vm_core.errors import BlockError
 
 from .geometry import MAX_HOST_OFFSET, MAX_REFTABLE_BYTES
@@ -355,6 +357,13 @@ class Allocator:
 
     def free(self, first: int, count: int, *, requested: bool = False) -> None:
         """Tables point at these clusters once less. *requested*: the guest said so, and the host may have the space."""
+        try:
+            # Damage is told now; the count itself goes down later.
+            for index in range(first >> self._shift, (first + count - 1 >> self._shift) + 1):
+                self.refcounts.block(index)
+        except BlockError as error:
+            notice(f"qcow2_free_clusters failed: {os.strerror(error.code)}")
+            return
         if self.pending and self.pending[-1][2] == requested and self.pending[-1][0] + self.pending[-1][1] == first:
             last = self.pending[-1]
             self.pending[-1] = (last[0], last[1] + count, requested)

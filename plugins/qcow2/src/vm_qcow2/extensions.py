@@ -101,8 +101,10 @@ def string(data: bytes) -> str:
 def parse_feature_names(data: bytes | None) -> list[FeatureName]:
     """The feature name table of an image."""
     names = []
-    for position in range(0, len(data or b"") - FeatureNameEntry.LENGTH + 1, FeatureNameEntry.LENGTH):
-        entry = FeatureNameEntry.parse(data or b"", position)
+    # The last entry may be cut off.
+    for position in range(0, len(data or b""), FeatureNameEntry.LENGTH):
+        piece = (data or b"")[position : position + FeatureNameEntry.LENGTH].ljust(FeatureNameEntry.LENGTH, b"\0")
+        entry = FeatureNameEntry.parse(piece)
         text = entry.name.split(b"\0")[0].decode("utf-8", "replace")
         names.append(FeatureName(entry.kind, entry.bit, "".join(c if c.isprintable() else "?" for c in text)))
     return names

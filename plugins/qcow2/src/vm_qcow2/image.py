@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vm_core.block.format import BackingReference, Format
+from vm_core.block.format import BackingReference, Format, Progress
 from vm_core.block.mapping import Allocation, Kind, Mapping
 from vm_core.block.node import Node
 from vm_core.errors import ImageError
@@ -31,6 +31,7 @@ from .store import Store, alternate, swap
 from .tables import L2Table, Tables
 
 if TYPE_CHECKING:
+    from vm_core.block.inplace import Source, Target
     from vm_core.block.open import OpenContext
 
     from .bitmaps import Bitmaps
@@ -61,6 +62,9 @@ class Damage(NamedTuple):
 
 class Qcow2(Format):
     """One open image."""
+
+    #: How guest data is encrypted, where it is.
+    encryption: Encryption | None = None
 
     def __init__(
         self,
@@ -105,6 +109,8 @@ class Qcow2(Format):
         self.allocator = Allocator(store, self.refcounts, self.metadata)
         self.tables = Tables(store, self.allocator)
         options = {} if options is None else options
+        #: The options as they were given, to read the image again with.
+        self._given = dict(options)
         self.runtime = runtime = take(options, header, self.geometry)
         #: How guest data is encrypted, where it is.
         self.encryption = self._unlock(options, context)
@@ -124,6 +130,7 @@ class Qcow2(Format):
         self.snapshot_table: SnapshotTable = SnapshotTable() if check else _read_snapshots(store)
         self._register_tables()
         self.order = Order(store, self.tables, self.refcounts, self.allocator, lazy=runtime.lazy)
+        self.tables.settle_new = runtime.lazy
         self.order.pass_discard = runtime.discard_request
         self.order.pass_discard_snapshot = runtime.discard_snapshot
         self.order.pass_discard_other = runtime.discard_other
@@ -178,6 +185,10 @@ class Qcow2(Format):
 
     def _unlock(self, options: dict[str, Any], context: OpenContext | None) -> Encryption | None:
         header = self.header
+        if self.encryption is not None:  # the image is read again
+            options.pop("encrypt.format", None)
+            options.pop("encrypt.key-secret", None)
+            return self.encryption
         if not header.crypt_method and extensions.find(self.extensions, extensions.ENCRYPTION_HEADER) is None:
             wanted = options.pop("encrypt.format", None)
             options.pop("encrypt.key-secret", None)
@@ -189,7 +200,7 @@ class Qcow2(Format):
         return unlock(self.file, header, self.extensions, options, self.store.name, context)
 
     @property
-    def encrypted(self) -> bool:
+    def encrypted(self) -> bool:  # type: ignore[override]
         """Whether guest data is encrypted."""
         return self.encryption is not None
 
@@ -212,7 +223,11 @@ class Qcow2(Format):
         metadata.register_tables(self.refcounts.table, overlap.REFCOUNT_BLOCK)
         metadata.register_tables(self.tables.l1, overlap.ACTIVE_L2)
         for one in self.snapshot_table.entries:
-            if one.l1_problem(self.cluster_size) is None:
+            problem = one.l1_problem(self.cluster_size)
+            if problem is not None:
+                if overlap.INACTIVE_L2 in metadata.checks:
+                    metadata.broken = problem
+            else:
                 metadata.register(one.head.l1_table_offset, one.head.l1_size * 8, overlap.INACTIVE_L1)
                 if overlap.INACTIVE_L2 in metadata.checks:
                     tables = swap(array("Q", self.file.pread(one.head.l1_table_offset, one.head.l1_size * 8)))
@@ -221,7 +236,7 @@ class Qcow2(Format):
     def _prepare_writing(self, check: bool) -> None:
         header, store = self.header, self.store
         unknown = header.autoclear_features & ~features.KNOWN_AUTOCLEAR
-        if not check and unknown:
+        if unknown:
             # Nobody here keeps these features up to date, so their data is not valid from now on.
             header.autoclear_features &= features.KNOWN_AUTOCLEAR
             store.write_header("autoclear_features")
@@ -249,6 +264,10 @@ class Qcow2(Format):
     def size(self) -> int:
         return self.header.size
 
+    @property
+    def dirty(self) -> bool:
+        return bool(self.header.incompatible_features & features.DIRTY)
+
     def info(self) -> dict[str, Any]:
         header = self.header
         data: dict[str, Any] = {
@@ -262,6 +281,11 @@ class Qcow2(Format):
             data["extended-l2"] = self.geometry.extended
         if self.encryption is not None:
             data["encrypt"] = self.encryption.info()
+        if self.has_data_file and "data-file-raw" not in data:
+            name = extensions.find(self.extensions, extensions.DATA_FILE_NAME)
+            if name is not None:
+                data["data-file"] = extensions.string(name)
+            data["data-file-raw"] = self.raw_data
         if self._bitmaps is not None and self._bitmaps.entries:
             data["bitmaps"] = list(self.bitmaps())
         return data
@@ -557,10 +581,40 @@ class Qcow2(Format):
         if self._bitmaps is not None and self.tracking:
             self._bitmaps.store()
 
+    def inplace_source(self) -> Source:
+        from .inplace import Qcow2Source
+
+        return Qcow2Source(self)
+
+    @classmethod
+    def inplace_target(cls) -> type[Target]:
+        from .inplace import Qcow2Target
+
+        return Qcow2Target
+
     def check(self, *, repair: str = "") -> dict[str, Any]:
         from .check import check
 
         return check(self, repair=repair)
+
+    def amend(self, options: dict[str, Any], *, force: bool = False, progress: Progress | None = None) -> None:
+        from .amend import amend
+
+        amend(self, options, force=force, progress=progress)
+
+    def reload(self) -> None:
+        """Read the metadata again after the structures that it is in have been changed on disk."""
+        if not self.store.corrupt:
+            self._store_bitmaps()
+        data = self.data
+        Qcow2.__init__(
+            self,
+            self.file,
+            self.store.name,
+            readonly=self.readonly,
+            options=dict(self._given),
+            open_data=lambda _name: data,
+        )
 
     def empty(self) -> None:
         from .emptying import empty

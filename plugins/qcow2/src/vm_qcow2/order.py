@@ -21,6 +21,10 @@ else of step 3, and whoever opens such an image counts anew. It is taken away ag
 
 from __future__ import annotations
 
+import os
+
+from vm_core.errors import BlockError
+
 from .allocator import Allocator
 from .refcounts import Refcounts
 from .store import Store
@@ -56,6 +60,11 @@ class Order:
         """Bring everything to stable storage. After an error it can be called again."""
         store, tables, refcounts = self.store, self.tables, self.refcounts
         store.check_writable()
+        broken = self.allocator.metadata.broken
+        if broken is not None and (tables.dirty or refcounts.dirty):
+            # It is not known what would be overwritten.
+            reason = os.strerror(broken.code)
+            raise BlockError.of(broken.code, f"Failed to flush the refcount block cache: {reason}")
         if tables.dirty:
             # Step 1
             written = []

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from .geometry import OFFSET_MASK
 
 if TYPE_CHECKING:
+    from vm_core.errors import BlockError
+
     from .store import Store
 
 #: The kinds of metadata, as QEMU's messages call them, by the option that switches looking them up.
@@ -61,6 +63,8 @@ class MetadataMap:
         self._ends: list[tuple[int, str]] = [(1, HEADER)]
         #: Kinds that are looked up.
         self.checks: frozenset[str] = TEMPLATES["cached"]
+        #: Why nothing can be looked up: tables of a snapshot that should be known cannot be read.
+        self.broken: BlockError | None = None
 
     def add(self, first: int, count: int, kind: str) -> None:
         """These clusters hold *kind*."""
@@ -129,6 +133,8 @@ class MetadataMap:
 
     def check(self, first: int, count: int) -> None:
         """Raise EIO, and mark the image as corrupt, if writing these clusters would overwrite metadata."""
+        if self.broken is not None:
+            raise self.broken
         found = self.find(first, count)
         if found is not None:
             raise self.store.mark_corrupt(f"Preventing invalid write on metadata (overlaps with {found[1]})")

@@ -60,7 +60,9 @@ _AMEND_OPTIONS = (
 _OPTIONS = (
     Option("data-file", "node", "Where guest data is, of images with an external data file"),
     Option("encrypt.format", "str", "How the image is encrypted: aes or luks"),
-    Option("encrypt.key-secret", "str", "ID of the secret that provides the AES key or a LUKS passphrase"),
+    Option(
+        "encrypt.key-secret", "str", "ID of the secret that provides the AES key or a LUKS passphrase", defining=True
+    ),
     Option("lazy-refcounts", "bool", "Postpone refcount updates (default: as the image says)"),
     Option("cache-size", "size", "Bytes of L2 tables and refcount blocks kept in memory"),
     Option("l2-cache-size", "size", "Bytes of L2 tables kept in memory", default=32 << 20),
@@ -103,7 +105,7 @@ def vm_format_drivers() -> list[FormatDriver]:
                 "measure",
                 "resize",
                 "snapshots",
-                "bitmaps",
+                "bitmaps", "inplace",
                 "write",
             },
             signatures=(

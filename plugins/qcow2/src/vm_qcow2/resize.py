@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from vm_core.block.mapping import Kind
 from vm_core.errors import BlockError, UsageError
 
+from .emptying import trim
 from .geometry import MAX_L1_BYTES
 from .overlap import ACTIVE_L1
 from .preallocation import preallocate
@@ -73,6 +74,7 @@ def _grow(image: Qcow2, size: int, preallocation: str) -> None:
 
 def _shrink(image: Qcow2, size: int) -> None:
     store = image.store
+    unused_blocks(image)
     store.header.size = size
     image.order.write_back()
     store.write_header("size")
@@ -82,6 +84,55 @@ def _shrink(image: Qcow2, size: int) -> None:
     image.order.write_back()
     if store.geometry.external:
         image.data.truncate(size)
+    _drop_blocks(image)
+    trim(image)
+
+
+def unused_blocks(image: Qcow2) -> list[int]:
+    """Numbers of the refcount blocks that count nothing but themselves. Raises BlockError where one makes no sense."""
+    refcounts, store, geometry = image.refcounts, image.store, image.geometry
+    failed = BlockError.of(errno.EIO, "Failed to discard unused refblocks: Input/output error")
+    unused: list[int] = []
+    for index, entry in enumerate(refcounts.table):
+        offset = entry & ~511
+        if not offset:
+            continue
+        if offset & geometry.cluster_size - 1:
+            store.mark_corrupt(f"Cannot get entry from refcount block cache: Offset {offset:#x} is unaligned")
+            raise failed
+        cluster = offset >> geometry.cluster_bits
+        own = cluster >> geometry.refblock_bits
+        block = refcounts.block(index)
+        assert block is not None
+        used = len(block.counts) - block.counts.count(0)
+        if used > (own == index):
+            continue
+        if own != index and (own >= len(refcounts.table) or not refcounts.table[own]):
+            store.mark_corrupt(f"Refblock at {offset:#x} is not covered by the refcount structures")
+            raise failed
+        unused.append(index)
+    return unused
+
+
+def _drop_blocks(image: Qcow2) -> None:
+    """Give back the refcount blocks that count nothing any more, after the table on disk does not name them."""
+    refcounts, bits = image.refcounts, image.geometry.cluster_bits
+    numbers = unused_blocks(image)
+    if not numbers:
+        return
+    clusters = [refcounts.table[number] >> bits for number in numbers]
+    for number in numbers:
+        refcounts.drop(number)
+        refcounts.unlinked.add(number)
+    refcounts.settle()
+    for number, cluster in zip(numbers, clusters, strict=True):
+        image.metadata.remove(cluster, 1)
+        if cluster >> image.geometry.refblock_bits != number:
+            for freed in refcounts.decrement(cluster, 1):
+                image.allocator.lower(freed)
+        else:
+            image.allocator.lower(cluster)
+    refcounts.settle()
 
 
 def _clear_tail(image: Qcow2, size: int) -> None:

@@ -13,7 +13,7 @@ from .allocator import Allocator
 from .geometry import COPIED, MAX_L1_BYTES, OFFSET_MASK
 from .header import check_table
 from .overlap import ACTIVE_L2
-from .store import Store, alternate
+from .store import Store, alternate, swap
 
 MAX_INT = (1 << 31) - 1
 
@@ -85,6 +85,8 @@ class Tables:
         self.changed: set[int] = set()
         self._cache: OrderedDict[int, L2Table] = OrderedDict()
         self._limit = 2
+        #: With lazy refcounts, those of tables are not: they are stable before anything points at a table.
+        self.settle_new = False
 
     def limit(self, cache_bytes: int) -> None:
         """Keep tables of about so many bytes in memory."""
@@ -115,7 +117,10 @@ class Tables:
 
     def read(self, offset: int, what: str) -> L2Table:
         """The L2 table at *offset*, whichever L1 table points at it. Raises ImageError."""
-        words = self.store.read_words(offset, self.geometry.cluster_size // 8, what)
+        file, size = self.store.file, self.geometry.cluster_size
+        # The file may end in the middle of its last cluster.
+        self.store.check_range(offset, 1, what)
+        words = swap(array("Q", file.pread(offset, size)))
         return L2Table.of_words(offset, words, linked=True, extended=self.geometry.extended)
 
     def _insert(self, index: int, table: L2Table) -> L2Table:
@@ -136,6 +141,8 @@ class Tables:
         assert allocator is not None
         self.store.file.event("l2_alloc_write")
         cluster = allocator.allocate_metadata(1, ACTIVE_L2)
+        if self.settle_new:
+            allocator.refcounts.settle()
         offset = cluster << self.geometry.cluster_bits
         if table is None:
             empty = array("Q", bytes(self.geometry.cluster_size))

@@ -291,7 +291,11 @@ class Writer:
     def zero(self, offset: int, length: int, *, unmap: bool) -> bool:
         """See :meth:`vm_core.block.format.Format.zero`."""
         if self.geometry.version < 3:
-            return False
+            # Version 2 knows no zeroes, but without a backing image what is not there reads as such.
+            if self.image.backing_reference is not None:
+                return False
+            self.discard(offset, length)
+            return True
         self.store.check_writable()
         mask = self.geometry.cluster_size - 1
         if self.geometry.extended:
@@ -304,7 +308,7 @@ class Writer:
         if self.image.raw_data:
             # The data file alone has to be right, too.
             self.image.data.zero(offset, length, unmap=unmap)
-        for table, l1_index, start, stop in self.whole_clusters(offset, length, create=True):
+        for table, _, start, stop in self.whole_clusters(offset, length, create=True):
             assert table is not None
             for run in self._runs(table, start, stop):
                 low, high = run.at, run.at + run.clusters
@@ -314,14 +318,14 @@ class Writer:
                     if not free and table.bitmaps[low:high] == zeroes:
                         continue
                     if free:
-                        self._free(run, requested=unmap)
+                        self._free(run, requested=True)
                         table.entries[low:high] = array("Q", bytes(8 * run.clusters))
                     table.bitmaps[low:high] = zeroes
                 else:
                     if run.state is State.ZERO or (run.state is State.ZERO_ALLOCATED and not unmap):
                         continue
                     if free:
-                        self._free(run, requested=unmap)
+                        self._free(run, requested=True)
                         values = array("Q", (geometry.ZERO,)) * run.clusters
                     else:
                         values = array("Q", [entry | geometry.ZERO for entry in table.entries[low:high]])
@@ -354,13 +358,26 @@ class Writer:
         if has_backing and self.geometry.version < 3:
             # Version 2 cannot hide the backing image's bytes.
             return
-        self.drop(offset, length, zero=self.geometry.version >= 3, unallocated_too=has_backing)
+        # QEMU makes L2 tables even where there is nothing to discard, and what comes later lies behind them.
+        self.drop(offset, length, zero=self.geometry.version >= 3, unallocated_too=has_backing, create=True)
 
-    def drop(self, offset: int, length: int, *, zero: bool, unallocated_too: bool, requested: bool = True) -> None:
-        """Give back the clusters of a range and make their entries empty, or such that they read as zeroes."""
+    def drop(
+        self,
+        offset: int,
+        length: int,
+        *,
+        zero: bool,
+        unallocated_too: bool,
+        requested: bool = True,
+        create: bool = False,
+    ) -> None:
+        """Give back the clusters of a range and make their entries empty, or such that they read as zeroes.
+
+        *create* L2 tables that are missing.
+        """
         value = geometry.ZERO if zero and not self.geometry.extended else 0
         bitmap = ALL_ZERO if zero else 0
-        for table, l1_index, start, stop in self.whole_clusters(offset, length, create=unallocated_too):
+        for table, l1_index, start, stop in self.whole_clusters(offset, length, create=create):
             if table is None:
                 continue
             for run in self._runs(table, start, stop):

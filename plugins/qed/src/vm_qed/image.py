@@ -21,12 +21,15 @@ from .header import Header
 from .tables import UNALLOCATED, ZERO, Tables
 
 if TYPE_CHECKING:
+    from vm_core.block.inplace import Source, Target
     from vm_core.block.node import Node
     from vm_core.block.open import OpenContext
 
 
 class Qed(Format):
     """One open image."""
+
+    zero_parts = False
 
     def __init__(self, file: Node, header: Header, name: str, readonly: bool) -> None:
         self.file = file
@@ -67,6 +70,10 @@ class Qed(Format):
     @property
     def size(self) -> int:
         return int(self.header.image_size)
+
+    @property
+    def dirty(self) -> bool:
+        return bool(self.header.features & headers.NEED_CHECK)
 
     def info(self) -> dict[str, Any]:
         return {}
@@ -223,6 +230,17 @@ class Qed(Format):
         self.file.pwrite(0, header.pack() + name)
         self.file.flush()
         self.backing_reference = BackingReference(str(filename), format) if name else None
+
+    def inplace_source(self) -> Source:
+        from .inplace import QedSource
+
+        return QedSource(self)
+
+    @classmethod
+    def inplace_target(cls) -> type[Target]:
+        from .inplace import QedTarget
+
+        return QedTarget
 
     def check(self, *, repair: str = "") -> dict[str, Any]:
         from .check import check

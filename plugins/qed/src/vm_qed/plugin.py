@@ -14,7 +14,7 @@ def vm_format_drivers() -> list[FormatDriver]:
             name="qed",
             summary="QEMU enhanced disk image format",
             implementation="vm_qed.image:Qed",
-            capabilities={"write", "create", "backing", "resize", "check"},
+            capabilities={"write", "create", "backing", "resize", "check", "inplace"},
             signatures=(Signature(0, b"QED\0"),),
             extensions=(".qed",),
             create_options=(

@@ -26,6 +26,9 @@ PAGE = 8192
 KEPT_PAGES = 512
 WAITING_PAGES = 128
 
+#: An L1 table of up to this many bytes is read whole.
+MAX_L1_BYTES = 32 << 20
+
 UNALLOCATED = 0
 ZERO = 1
 
@@ -45,8 +48,9 @@ class Tables:
         self.file = file
         self.header = header
         span = header.entries * header.cluster_size
-        #: Only the entries that the image's size needs; the others say nothing.
-        count = -(-header.image_size // span)
+        # Entries past the end of the image may set clusters aside; of a very large table only those are read that the
+        # image's size needs.
+        count = header.entries if header.table_length <= MAX_L1_BYTES else -(-header.image_size // span)
         self.l1 = swapped(file.pread(header.l1_table_offset, 8 * count))
         self._page = min(PAGE, header.entries)
         self._pages: OrderedDict[tuple[int, int], array[int]] = OrderedDict()
@@ -63,7 +67,10 @@ class Tables:
     def grow(self, size: int) -> None:
         """The image has *size* bytes now."""
         span = self.header.entries * self.header.cluster_size
-        self.l1.extend(array("Q", bytes(8 * (-(-size // span) - len(self.l1)))))
+        known, wanted = len(self.l1), -(-size // span)
+        if wanted > known:
+            where = self.header.l1_table_offset + 8 * known
+            self.l1.extend(swapped(self.file.pread(where, 8 * (wanted - known))))
 
     def valid_table(self, offset: int, limit: int) -> bool:
         """Whether a table may lie at *offset* of a file of *limit* bytes."""

@@ -70,6 +70,9 @@ class Extent:
         """Forget all data. Raises BlockError where that cannot be."""
         raise BlockError.of(errno.ENOTSUP)
 
+    def grow(self) -> None:
+        """Make the file as long as it shall be."""
+
     def flush(self) -> None:
         """Bring metadata to stable storage, after the data it points to."""
 

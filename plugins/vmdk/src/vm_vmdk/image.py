@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vm_core.block.format import BackingReference, Format
 from vm_core.block.mapping import Allocation, Kind, Mapping
@@ -292,23 +292,36 @@ def _adjoins(one: Mapping, two: Mapping) -> bool:
     )
 
 
+_Image = TypeVar("_Image", bound=Vmdk)
+
+
+def open_embedded(cls: type[_Image], file: Node, name: str, context: OpenContext) -> _Image:
+    """A sparse extent with a descriptor in it, which is all of the image. Raises ImageError."""
+    return _open_sparse(cls, SparseHeader.parse(file.pread(0, SECTOR)), file, name, context)
+
+
 def _open_monolithic(file: Node, name: str, context: OpenContext) -> Vmdk:
-    """A sparse extent with a descriptor in it."""
+    """A sparse extent with a descriptor in it; or one that is nothing but its descriptor."""
     head = SparseHeader.parse(file.pread(0, SECTOR))
-    place, length = chain.embedded_place(head, file.size)
-    text = file.pread(place, length)
+    if head.version > 3:
+        raise ImageError(name, f"Unsupported VMDK version {head.version}")
     if not head.capacity:
         # Nothing but a descriptor, of extents elsewhere; or an image of no size.
-        found = _open_descriptor(file, name, place, text, context)
-        return found
-    geometry = hosted_geometry(file, name, read_header(file, name) if head.version <= 3 else head)
+        place, length = chain.embedded_place(head, file.size)
+        return _open_descriptor(file, name, place, file.pread(place, length), context)
+    return _open_sparse(Vmdk, head, file, name, context)
+
+
+def _open_sparse(cls: type[_Image], head: SparseHeader, file: Node, name: str, context: OpenContext) -> _Image:
+    place, length = chain.embedded_place(head, file.size)
+    geometry = hosted_geometry(file, name, read_header(file, name))
     readonly = context.readonly
     if geometry.version >= 3 and not geometry.compressed and not readonly:
         readonly = _only_readable("VMDK version 3 must be read only", name, context)
     extent = SparseExtent(0, file, file.filename, geometry, type="", name=name)
     _check_size([extent], name)
-    descriptor = _parse(text, name)
-    return Vmdk(file, name, descriptor, place, [extent], readonly=readonly)
+    descriptor = _parse(file.pread(place, length), name)
+    return cls(file, name, descriptor, place, [extent], readonly=readonly)
 
 
 def _parse(text: bytes, name: str) -> Descriptor:

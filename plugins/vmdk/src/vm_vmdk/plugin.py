@@ -38,4 +38,21 @@ def vm_format_drivers() -> list[FormatDriver]:
             extensions=(".vmdk",),
             create_options=_CREATE_OPTIONS,
         ),
+        FormatDriver(
+            name="ova",
+            summary="virtual appliances: a stream-optimized VMDK disk with its OVF descriptor in an archive",
+            implementation="vm_vmdk.ova:Ova",
+            capabilities={"write", "create", "compress"},
+            probe="vm_vmdk.ova:probe",
+            extensions=(".ova",),
+            options=(Option("disk", "str", "Which disk: its number (from 0), diskId or file name"),),
+            create_options=(
+                Option("size", "size", "Virtual disk size"),
+                Option("adapter_type", "str", "Disk controller: lsilogic (default), buslogic or ide"),
+                Option("hwversion", "str", "Virtual hardware version (13: ESXi 6.5 and later)"),
+                Option("name", "str", "Name of the virtual machine (default: that of the file)"),
+                Option("cpus", "int", "Processors of the virtual machine (default: 1)"),
+                Option("memory", "int", "Memory of the virtual machine in MiB (default: 1024)"),
+            ),
+        ),
     ]

@@ -423,10 +423,13 @@ class SparseExtent(Extent):
             self.tables.set(number, at, array("I", (GTE_ZEROED,)) * count)
             first += count
 
-    def flush(self) -> None:
+    def grow(self) -> None:
         if self._least > self.file.size:
             self.file.truncate(self._least)
         self._least = 0
+
+    def flush(self) -> None:
+        self.grow()
         if self.tables.dirty:
             self.tables.write_back()
             if self.cowd:

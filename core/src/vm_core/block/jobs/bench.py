@@ -11,9 +11,9 @@ from .job import Job
 
 
 class Load(NamedTuple):
-    """What to send: *count* requests of *size* bytes, *depth* at a time, each *step* bytes behind the last."""
+    """What to send: *requests* of *size* bytes, *depth* at a time, each *step* bytes behind the last."""
 
-    count: int
+    requests: int
     depth: int
     offset: int
     size: int
@@ -30,9 +30,9 @@ class Load(NamedTuple):
 def bench(node: Node, load: Load, *, job: Job | None = None) -> None:
     """Send all requests; positions start again at the beginning past the image's end. Raises BlockError, Cancelled."""
     job = job or Job()
-    workers = max(1, min(load.depth, pipeline.MAX_WORKERS, load.count))
+    workers = max(1, min(load.depth, pipeline.MAX_WORKERS, load.requests))
     size = node.size
-    job.start(load.count)
+    job.start(load.requests)
 
     def make_buffer() -> memoryview:
         return memoryview(bytearray([load.pattern]) * load.size)
@@ -54,10 +54,10 @@ def bench(node: Node, load: Load, *, job: Job | None = None) -> None:
             position = load.offset + number * load.step
             yield position % size if size else 0
 
-    portion = load.flush_interval if load.flush_interval and load.drain else load.count
-    for first in range(0, load.count, max(portion, 1)):
-        stop = min(first + portion, load.count)
+    portion = load.flush_interval if load.flush_interval and load.drain else load.requests
+    for first in range(0, load.requests, max(portion, 1)):
+        stop = min(first + portion, load.requests)
         pipeline.run(offsets(first, stop), work, workers=min(workers, stop - first), make_state=make_buffer)
-        if load.flush_interval and (load.drain or stop == load.count):
+        if load.flush_interval and (load.drain or stop == load.requests):
             node.flush()
     job.finish()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 from ...errors import ImageError, UsageError
 from ..formatnode import FormatNode
 from ..node import Node
@@ -60,22 +58,21 @@ def commit(
         )
         base.flush()
         if not keep and base is images[1]:
-            with suppress(UsageError):  # of a format that cannot, it keeps what it has: the same bytes
-                empty(overlay)
+            empty(overlay)
     finally:
         if was_readonly:
             base.reopen(readonly=True)
 
 
 def empty(node: Node) -> None:
-    """Forget all data of an image. Raises ImageError."""
+    """Forget all data of an image whose format can; another keeps what it has: the same bytes. Raises ImageError."""
+    if not isinstance(node, FormatNode):
+        return
     try:
-        if not isinstance(node, FormatNode):
-            raise BlockError.of(errno.ENOTSUP)
         with node.quiesce() as driver:
             driver.empty()
             driver.flush()
-    except UsageError as error:
-        raise ImageError("", f"Failed to empty {node.filename}: Operation not supported") from error
+    except UsageError:
+        return
     except OSError as error:
         raise ImageError("", f"Failed to empty {node.filename}: {error.strerror or error}") from error

@@ -1,6 +1,7 @@
 """Compact: give back the host space that an image holds for nothing.
 
-Theory of operation. In place, three things happen one after the other, and at every moment the image holds what it held:
+Theory of operation. In place, three things happen one after the other; at every moment the image holds what it
+held:
 
 1. The metadata is checked. Damage stops everything (what it calls free may not be); leaks are mended.
 2. Data that is nothing but zeroes is read through and turned into zeroes by metadata, cluster by cluster: the driver

@@ -89,9 +89,7 @@ class _Comparer:
 
     def _run(self, pieces: Iterator[_Piece], length: int) -> None:
         count = 1 if length <= SMALL else pipeline.worker_count(self.workers)
-        pipeline.run(
-            pieces, self._compare, workers=count, make_state=lambda: (bytearray(BUFFER), bytearray(BUFFER))
-        )
+        pipeline.run(pieces, self._compare, workers=count, make_state=lambda: (bytearray(BUFFER), bytearray(BUFFER)))
 
     # Planning
 
@@ -111,7 +109,9 @@ class _Comparer:
             stop = offset + length
             while offset < stop and self._found is None:
                 count = min(PIECE, stop - offset)
-                yield _Piece(offset, count, (self._segment(0, one, offset, count), self._segment(1, two, offset, count)))
+                yield _Piece(
+                    offset, count, (self._segment(0, one, offset, count), self._segment(1, two, offset, count))
+                )
                 offset += count
 
     def _rest(self, longer: int, start: int) -> Iterator[_Piece]:

@@ -82,7 +82,8 @@ def convert(
 ) -> None:
     """Copy what *sources* hold, one behind the other, into *target*, which is at least as large.
 
-    With ``options.backing`` what only *base* (None: the backing image) and images below it hold is left alone. *warn* is told what ``salvage`` gave up. Raises CopyError, Cancelled, BlockError.
+    With ``options.backing`` what only *base* (None: the backing image) and images below it hold is left alone. *warn*
+    is told what ``salvage`` gave up. Raises CopyError, Cancelled, BlockError.
     """
     _Conversion(Source(sources, base), target, options, job or Job(), warn or (lambda text: None)).run()
 
@@ -169,9 +170,7 @@ class _Conversion:
             self._runs(), self.target_size, grain=grain, step=step, zeroes=not self.zero_init or not options.sparse
         )
         buffer_size = min(step, -(-self.target_size // SECTOR) * SECTOR or SECTOR)
-        pipeline.run(
-            planned, work, workers=workers, make_state=lambda: bytearray(buffer_size), turns=self.turns
-        )
+        pipeline.run(planned, work, workers=workers, make_state=lambda: bytearray(buffer_size), turns=self.turns)
         self.job.finish()
 
     @property
@@ -180,7 +179,9 @@ class _Conversion:
         return self.source.size
 
     def _runs(self) -> Iterator[Run]:
-        return self.source.runs(backing=self.options.backing, trust_zeroes=bool(self.options.sparse))
+        options = self.options
+        fresh = options.zero_init is not False
+        return self.source.runs(backing=options.backing, fresh=fresh, trust_zeroes=bool(options.sparse))
 
     # Reading
 

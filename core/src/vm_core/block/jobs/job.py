@@ -10,7 +10,7 @@ from ...errors import VmError
 from ..format import Progress
 
 
-class Cancelled(VmError):
+class Cancelled(VmError):  # noqa: N818 - a state rather than a mistake
     """The operation was stopped on request before it was done."""
 
 
@@ -84,7 +84,9 @@ class RateLimit:
         #: When the bucket will be empty.
         self._free = clock()
 
-    def wait(self, count: int, check: Callable[[], None] = lambda: None, sleep: Callable[[float], None] = time.sleep) -> None:
+    def wait(
+        self, count: int, check: Callable[[], None] = lambda: None, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
         """Put *count* bytes in, once there is room. *check* is called between short sleeps and may raise."""
         with self._lock:
             now = self._clock()

@@ -57,7 +57,8 @@ def _bitmaps(bitmaps: list[dict[str, Any]], size: int, cluster: int) -> int:
     total = directory = 0
     for bitmap in bitmaps:
         bits = -(-size // bitmap["granularity"])
-        clusters = -(-(-(-bits // 8)) // cluster)
+        stored = -(-bits // 8)
+        clusters = -(-stored // cluster)
         total += clusters * cluster + -(-clusters * 8 // cluster) * cluster
         entry = _ENTRY + len(bitmap["name"].encode())
         directory += -(-entry // _ENTRY_ALIGNMENT) * _ENTRY_ALIGNMENT

@@ -14,11 +14,14 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+#: Seconds after which a waiting caller looks for signals.
+WAKE = 0.25
+
 #: More workers than this gain nothing for codecs and system calls.
 MAX_WORKERS = 16
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818 - no mistake
     """Another worker failed: give up quietly."""
 
 
@@ -70,6 +73,8 @@ class _Crew:
         self.lock = Lock()
         self.failure: BaseException | None = None
         self.stopping = False
+        self.running = 0
+        self._gone = Condition(self.lock)
 
     def next(self) -> Any:
         with self.lock:
@@ -91,6 +96,35 @@ class _Crew:
         except BaseException as error:
             self.fail(error)
 
+    def start(self, make_state: Callable[[], Any]) -> None:
+        """Another worker, in a thread."""
+        thread = Thread(target=self._labour_and_go, args=(make_state,), daemon=True)
+        with self.lock:
+            self.running += 1
+        try:
+            thread.start()
+        except BaseException:
+            with self.lock:
+                self.running -= 1
+            raise
+
+    def _labour_and_go(self, make_state: Callable[[], Any]) -> None:
+        self.labour(make_state)
+        with self.lock:
+            self.running -= 1
+            self._gone.notify_all()
+
+    def wait(self) -> None:
+        """Return when all workers have gone.
+
+        Not by ``Thread.join``: one that a signal's exception interrupts takes the thread for dead from then on. And
+        never for long: Python's signal handlers run in this thread alone, which a signal that another one took does not
+        wake.
+        """
+        with self._gone:
+            while self.running:
+                self._gone.wait(WAKE)
+
 
 def run(
     items: Iterator[T],
@@ -109,17 +143,13 @@ def run(
     if workers < 2:
         crew.labour(make_state)
     else:
-        threads = [Thread(target=crew.labour, args=(make_state,), daemon=True) for _ in range(workers)]
         try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            for _ in range(workers):
+                crew.start(make_state)
+            crew.wait()
         except BaseException as error:
             crew.fail(error)
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
+            crew.wait()
             raise
     if crew.failure is not None:
         raise crew.failure

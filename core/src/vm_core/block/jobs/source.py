@@ -23,6 +23,8 @@ from ..vectors import fill
 STEP = 2 * 1024 * 1024
 #: Sizes are whole sectors.
 SECTOR = 512
+#: Beyond every image.
+_ENDLESS = 1 << 63
 
 
 class Segment(NamedTuple):
@@ -81,18 +83,19 @@ class Source:
         #: Bytes of all images, each rounded up to sectors.
         self.size = position
 
-    def runs(self, *, backing: int = -1, trust_zeroes: bool = True) -> Iterator[Run]:
+    def runs(self, *, backing: int = -1, fresh: bool = True, trust_zeroes: bool = True) -> Iterator[Run]:
         """All runs in order.
 
-        *backing*: the target has the same backing images, of that many bytes; what only they hold is UNALLOCATED. -1:
-        it has none. Without *trust_zeroes* known zeroes are DATA.
+        *backing*: the target has the same backing images, of that many bytes; what only they hold is UNALLOCATED, and
+        what nobody holds behind their end too if the target is *fresh*. -1: it has none. Without *trust_zeroes* known
+        zeroes are DATA.
         """
         for node, start in zip(self.nodes, self.starts, strict=True):
             base = self._base or (node.backing if backing >= 0 else None)
             straight = is_direct(node)
             for extent in walk(node, base=base):
-                if backing >= 0 and not extent.allocated:
-                    yield from self._below(start + extent.offset, extent.length, backing)
+                if backing >= 0 and not extent.allocated and not _past_end(extent):
+                    yield from self._below(start + extent.offset, extent.length, _ENDLESS if fresh else backing)
                 else:
                     yield _run(node, start, extent, straight, trust_zeroes)
             size = node.size
@@ -115,6 +118,11 @@ class Source:
             yield Run(Kind.UNALLOCATED, offset, inside)
         if inside < length:
             yield Run(Kind.ZERO, offset + inside, length - inside)
+
+
+def _past_end(extent: Extent) -> bool:
+    """Whether these zeroes come from a backing image that has ended: images below it do not show through."""
+    return extent.depth > 0 and extent.offset >= extent.owner.size
 
 
 def _run(node: Node, start: int, extent: Extent, straight: bool, trust_zeroes: bool) -> Run:

@@ -59,8 +59,7 @@ def run(args: list[str], tool: Tool) -> int:
 
         assert isinstance(node, FormatNode)
         try:
-            with node.quiesce() as driver:
-                driver.amend(values, force=force, progress=report)
+            node.amend(values, force=force, progress=report)
             node.flush()
         except (VmError, OSError) as error:
             raise Failure(reason(error)) from error

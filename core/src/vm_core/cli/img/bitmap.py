@@ -60,11 +60,11 @@ def run(args: list[str], tool: Tool) -> int:
     if source is not None and "merge" not in names:
         raise Failure("Merge bitmap source file only supported with --merge")
     filename, bitmap = options.rest
-    with tool.open(filename, image_opts=image_opts, format=format, write=True) as node:
+    with tool.open(filename, image_opts=image_opts, format=format, write=True, backing=False) as node:
         if source is None:
             _run(node, node, bitmap, granularity, actions)
         else:
-            with tool.open(source, format=source_format) as other:
+            with tool.open(source, format=source_format, backing=False) as other:
                 _run(node, other, bitmap, granularity, actions)
         node.flush()
     return 0

@@ -76,12 +76,16 @@ def _cause(error: BaseException) -> str:
 
 def _find(images: list[Node], name: str) -> Node | None:
     """The backing image that *name* names, seen from the directory of the image above it."""
-    for overlay, image in zip(images, images[1:], strict=False):
+    from itertools import pairwise
+
+    from ...block.gate import SCHEME
+
+    for overlay, image in pairwise(images):
         path = os.path.join(os.path.dirname(overlay.filename), name)
         try:
             if os.path.samefile(path, image.filename):
                 return image
         except OSError:
-            if name == image.filename:  # no file: another protocol's name
+            if SCHEME.match(name) and name == image.filename:
                 return image
     return None

@@ -205,21 +205,28 @@ class Tool:
         backing: bool = True,
         check: bool = False,
         exclusive: bool = False,
+        options: dict[str, Any] | None = None,
         **more: Any,
     ) -> Node:
         """Open the image *name* (with *image_opts* its options) as the peer does.
 
         *write* for writing, *share* is ``-U``, without *backing* the chain ends at the image, *check* opens damaged
-        images too, *exclusive* lets nobody else write to it even if it is raw (convert). Raises Failure.
+        images too, *exclusive* lets nobody else write to it even if it is raw (convert). *options* are the driver's,
+        beside a plain *name*. Raises Failure.
         """
+        from ...block import notices
         from ...block.cache import WRITEBACK
         from ...block.open import open_node
+
+        notices.program = self.program
 
         if image_opts and format:
             raise Failure("--image-opts and --format are mutually exclusive")
         shown = name
         try:
             spec: str | dict[str, Any] = self._image_opts(name) if image_opts else name
+            if options:
+                spec = {"filename": name, **options}
             if isinstance(spec, dict) and share:
                 if spec.get("force-share", "on") not in ("on", True):
                     raise Failure("--force-share/-U conflicts with image options")
@@ -260,8 +267,8 @@ class Tool:
         return options
 
     def _open_warning(self, text: str) -> None:
-        if not self.quiet:
-            sys.stderr.write(text + "\n")
+        """The peer tells it even with ``-q``."""
+        sys.stderr.write(text + "\n")
 
     def cache(self, text: str, *, source: bool = False) -> CacheMode:
         """The cache mode of ``-t`` (or ``-T``, *source*). Raises Failure."""

@@ -84,7 +84,7 @@ def _copy(tool: Tool, node: Node, target: str, compressed: bool, job: Any) -> in
     from ...block.open import create_image
     from ...plugins import find
 
-    driver = find("format", node.driver)
+    driver: Any = find("format", node.driver)
     if "create" not in driver.capabilities:
         raise Failure(f"Format driver '{node.driver}' does not support image creation")
     image = node if isinstance(node, FormatNode) else None

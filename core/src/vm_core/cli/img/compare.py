@@ -53,9 +53,7 @@ def run(args: list[str], tool: Tool) -> int:
         try:
             mode = tool.cache(cache, source=True)
             first, second = (
-                stack.enter_context(
-                    tool.open(name, image_opts=image_opts, format=format, share=share, cache=mode)
-                )
+                stack.enter_context(tool.open(name, image_opts=image_opts, format=format, share=share, cache=mode))
                 for name, format in zip(options.rest, formats, strict=True)
             )
         except Failure as failure:

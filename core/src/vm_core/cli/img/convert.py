@@ -135,8 +135,7 @@ def _parse(args: list[str], tool: Tool) -> _Arguments | None:
             case "m":
                 if not value.isdigit() or not 1 <= int(value) <= MAX_WORKERS:
                     raise Failure(
-                        "Invalid number of coroutines. Allowed number of coroutines is between 1 and "
-                        f"{MAX_WORKERS}"
+                        f"Invalid number of coroutines. Allowed number of coroutines is between 1 and {MAX_WORKERS}"
                     )
                 given.workers = int(value)
             case "W":
@@ -223,7 +222,7 @@ def load_snapshot(tool: Tool, sources: list[Node], text: str) -> None:
     for names in how:
         try:
             with node.quiesce() as driver:
-                driver.snapshot_load(**names)  # type: ignore[arg-type]
+                driver.snapshot_load(**names)
         except VmError as caught:
             error = caught
         else:
@@ -264,6 +263,7 @@ def _convert(tool: Tool, given: _Arguments, sources: list[Node], stack: ExitStac
             format=given.target_format,
             write=True,
             cache=cache,
+            options={key: value for key, value in options.items() if ("." + key).endswith(".key-secret")},
         )
     )
     if target.size < size and not (given.create and "size" in options):

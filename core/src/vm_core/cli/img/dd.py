@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from ...errors import VmError
 from .common import Failure, Tool, reason
+
+if TYPE_CHECKING:
+    from ...descriptors import Descriptor
 
 LONG = {"help": "h", "object:": "object", "image-opts": "image-opts", "force-share": "U"}
 
@@ -75,7 +79,7 @@ def run(args: list[str], tool: Tool) -> int:
     return 0
 
 
-def _driver(name: str) -> object:
+def _driver(name: str) -> Descriptor:
     from ...errors import PluginError
     from ...plugins import find
 

@@ -94,9 +94,12 @@ def image_info(node: Node) -> dict[str, Any]:
     }
     if isinstance(node, FormatNode):
         format = node.format
-        if format.cluster_size > 1:
-            info["cluster-size"] = format.cluster_size
-        info["dirty-flag"] = bool(getattr(format, "dirty", False))
+        if format.tells_clusters:
+            if format.cluster_size > 1:
+                info["cluster-size"] = format.cluster_size
+            info["dirty-flag"] = format.dirty
+        else:
+            del info["dirty-flag"]
         if getattr(format, "encrypted", False):
             info["encrypted"] = True
         reference = format.backing_reference

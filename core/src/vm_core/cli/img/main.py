@@ -58,6 +58,10 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     if program is None:
         program = os.path.basename(sys.argv[0]) or "vm-img"
     tool = Tool(program)
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:  # file names are bytes: they go out as they came in
+            reconfigure(errors="surrogateescape")
     try:
         code = _run(tool, list(sys.argv[1:] if words is None else words))
         sys.stdout.flush()

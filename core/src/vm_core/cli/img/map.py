@@ -65,9 +65,9 @@ def run(args: list[str], tool: Tool) -> int:
         if limit >= 0:
             end = min(end, start + limit)
         if as_json:
-            _print_json(entries(node, start, end))
+            _print_json(entries(node, start, end, plain=tool.peer))
         else:
-            _print(entries(node, start, end))
+            _print(entries(node, start, end, plain=tool.peer))
     return 0
 
 
@@ -96,8 +96,11 @@ def _print_json(found: Iterator[Entry]) -> None:
     sys.stdout.write("]\n")
 
 
-def entries(node: Node, start: int, end: int) -> Iterator[Entry]:
-    """The map of the range, neighbours that go on in each other joined."""
+def entries(node: Node, start: int, end: int, *, plain: bool = False) -> Iterator[Entry]:
+    """The map of the range, neighbours that go on in each other joined; *plain*: no more than the peer knows."""
+    if plain and not _peer_maps(node):
+        yield Entry(start, max(0, end - start), 0, True, False, True, -1, "")
+        return
     pending: Entry | None = None
     for one in _resolve(node, start, end, 0):
         if pending is not None and _joins(pending, one):
@@ -117,6 +120,12 @@ def _joins(one: Entry, two: Entry) -> bool:
         and one.file == two.file
         and (two.host < 0 if one.host < 0 else one.host + one.length == two.host)
     )
+
+
+def _peer_maps(node: Node) -> bool:
+    from ...block.formatnode import FormatNode
+
+    return not isinstance(node, FormatNode) or node.format.peer_maps
 
 
 def _resolve(node: Node, start: int, end: int, depth: int) -> Iterator[Entry]:
@@ -143,7 +152,10 @@ def _resolve(node: Node, start: int, end: int, depth: int) -> Iterator[Entry]:
                 name = run.storage.filename if run.storage is not None and host >= 0 else ""
                 yield Entry(run.offset, length, depth, True, True, False, host, name)
             elif below is None:
-                yield Entry(run.offset, length, depth, False, True, False, -1, "")
+                # Space may be set aside for what was never written (a cluster of which other parts are in use).
+                host = run.host if run.storage is not None else -1
+                name = run.storage.filename if run.storage is not None and host >= 0 else ""
+                yield Entry(run.offset, length, depth, False, True, False, host, name)
             else:
                 inside = max(0, min(length, below_end - run.offset))
                 if inside:

@@ -48,7 +48,7 @@ class Text(Progress):
 
     def __call__(self, done: int, total: int) -> None:
         part = 100.0 * done / total if total else 100.0
-        if part - self._last >= self._step or part >= 100.0 > self._last:
+        if not 0.0 <= part - self._last < self._step or part >= 100.0 > self._last:
             self._last = part
             self._show(part)
 

@@ -90,6 +90,11 @@ def _check_format(name: str | None) -> None:
 
     try:
         find("format", name)
+        return
+    except PluginError:
+        pass
+    try:
+        find("protocol", name)  # anything that can be opened may be recorded
     except PluginError:
         raise Failure(f"Invalid format name: '{name}'") from None
 

@@ -70,6 +70,14 @@ def _amount(text: str) -> int:
         raise Failure(f"Value '{text}' is out of range for parameter 'size'") from None
 
 
+def _resizable(node: Node) -> bool:
+    """Whether the format's driver says so; filters and protocols are asked by trying."""
+    from ...block.formatnode import FormatNode
+    from ...plugins import find
+
+    return not isinstance(node, FormatNode) or "resize" in find("format", node.driver).capabilities
+
+
 def _resize(tool: Tool, node: Node, sign: str, amount: int, preallocation: str, shrink: bool) -> None:
     current = -(-node.size // 512) * 512
     total = current + amount if sign == "+" else current - amount if sign == "-" else amount
@@ -86,29 +94,16 @@ def _resize(tool: Tool, node: Node, sign: str, amount: int, preallocation: str, 
         from .common import Exit
 
         raise Exit(1)
+    if not _resizable(node):
+        raise Failure("Image format driver does not support resize")
     try:
         if preallocation != "off":
-            _grow_allocated(node, current, total, preallocation)
+            from ...block.resize import grow_allocated
+
+            grow_allocated(node, total, preallocation)
         else:
             node.truncate(total)
         node.flush()
     except (VmError, OSError) as error:
         raise Failure(reason(error)) from error
     tool.say("Image resized.")
-
-
-def _grow_allocated(node: Node, current: int, total: int, mode: str) -> None:
-    """Grow, and set host space aside for what is gained."""
-    from ...block.formatnode import FormatNode
-
-    if isinstance(node, FormatNode):
-        grow = getattr(node.format, "truncate_preallocated", None)
-        if grow is None:
-            raise Failure(f"Unsupported preallocation mode '{mode}'")
-        with node.quiesce():
-            grow(total, mode)
-        return
-    if mode == "metadata":
-        raise Failure(f"Unsupported preallocation mode: {mode}")
-    node.truncate(total)
-    node.reserve(current, total - current, full=mode == "full")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -43,10 +44,8 @@ class Lines:
         os.set_blocking(writer, False)
 
         def wake() -> None:
-            try:
+            with suppress(BlockingIOError):
                 os.write(writer, b"x")
-            except BlockingIOError:
-                pass
 
         queue = session.queue
         queue.on_finish = wake

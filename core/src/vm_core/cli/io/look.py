@@ -77,6 +77,8 @@ def info(session: Session, words: Sequence[str]) -> int:
 
     node = session.image
     session.out.write(f"format name: {node.driver}\n")
+    if node.is_protocol:  # its name as a protocol
+        session.out.write(f"format name: {node.driver}\n")
     try:
         facts = node.info()
     except OSError:

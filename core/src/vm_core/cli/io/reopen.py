@@ -138,10 +138,10 @@ def _sort(change: Change, key: str, value: str) -> None:
     elif key == "detect-zeroes":
         if value not in _DETECT:
             raise UsageError(f"invalid parameter value: {value}")
-        if value == "unmap" and not (getattr(node, "discard_unmap", True) if change.discard is None else change.discard):
-            raise UsageError(
-                "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap"
-            )
+        if value == "unmap" and not (
+            getattr(node, "discard_unmap", True) if change.discard is None else change.discard
+        ):
+            raise UsageError("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")
         change.detect = value
     elif key in ("driver", "node-name", "filename"):
         now = {"driver": node.driver, "node-name": node.node_name, "filename": node.filename}[key]

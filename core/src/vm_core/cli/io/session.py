@@ -110,9 +110,7 @@ class Session:
         from ...options import nest
 
         if how.aio == "native" and not how.direct:
-            raise UsageError(
-                "aio=native was specified, but it requires cache.direct=on, which was not specified."
-            )
+            raise UsageError("aio=native was specified, but it requires cache.direct=on, which was not specified.")
         spec: dict[str, Any] = nest(options)
         if name is not None:
             given = parse_spec(name)

@@ -28,7 +28,7 @@ MISALIGNMENT = 16
 SECTOR = 512
 
 
-class _Wrong(Exception):
+class _WrongError(Exception):
     """The command's words are wrong; it ends with 1. What there is to say was printed, or is ``str()``."""
 
 
@@ -36,14 +36,14 @@ def _number(session: Session, text: str) -> int:
     try:
         return parse_size(text, session.program)
     except BadNumberError as error:
-        raise _Wrong(str(error)) from None
+        raise _WrongError(str(error)) from None
 
 
 def _pattern(text: str) -> int:
     """The byte that ``-P`` names: decimal, octal or hexadecimal, as in C."""
     value = parse_c_number(text)
     if value is None or not 0 <= value <= 255:
-        raise _Wrong(f"{text} is not a valid pattern byte")
+        raise _WrongError(f"{text} is not a valid pattern byte")
     return value
 
 
@@ -53,7 +53,7 @@ def _told(function: Callable[[Session, Sequence[str]], int]) -> Callable[[Sessio
     def run(session: Session, words: Sequence[str]) -> int:
         try:
             return function(session, words)
-        except _Wrong as wrong:
+        except _WrongError as wrong:
             if wrong.args and wrong.args[0]:
                 session.out.write(f"{wrong}\n")
             return 1
@@ -96,10 +96,10 @@ def _from_file(path: str, length: int) -> list[memoryview]:
             data = file.read(length)
     except OSError as error:
         sys.stderr.write(f"{path}: {error.strerror}\n")
-        raise _Wrong from None
+        raise _WrongError from None
     if not data:
         sys.stderr.write(f"{path}: file is empty\n")
-        raise _Wrong
+        raise _WrongError
     if len(data) < length:
         data = (data * -(-length // len(data)))[:length]
     return [memoryview(data)]
@@ -168,10 +168,10 @@ def _do_zero(
     stable = (fua or session.writethrough) and not session.how.no_flush
     if fallback:
         node.zero(offset, length, unmap=unmap, fua=stable)
-    else:
-        from .zeroes import zero_fast
-
-        zero_fast(node, offset, length, unmap=unmap, fua=stable)
+    elif not node.zero_fast(offset, length, unmap=unmap):
+        raise BlockError.of(errno.ENOTSUP)
+    elif stable:
+        node.flush()
 
 
 def _do_write_compressed(session: Session, node: Node, offset: int, buffers: Sequence[memoryview], length: int) -> None:
@@ -232,14 +232,14 @@ def read(session: Session, words: Sequence[str]) -> int:
     offset = _number(session, scan.rest[0])
     length = _number(session, scan.rest[1])
     if length > MAX_REQUEST:
-        raise _Wrong(f"length cannot exceed {MAX_REQUEST}, given {scan.rest[1]}")
+        raise _WrongError(f"length cannot exceed {MAX_REQUEST}, given {scan.rest[1]}")
     if pattern is None and (first is not None or count is not None):
         return usage(session, words)
     first = first or 0
     if count is None:
         count = length - first
     if count < 0 or count > length - first:
-        raise _Wrong("pattern verification range exceeds end of read data")
+        raise _WrongError("pattern verification range exceeds end of read data")
     if state:
         _whole_sectors(offset, length)
     buffer = _target(session, length)
@@ -267,7 +267,7 @@ def read(session: Session, words: Sequence[str]) -> int:
 def _whole_sectors(offset: int, length: int) -> None:
     for value, name in ((offset, "offset"), (length, "count")):
         if value % SECTOR:
-            raise _Wrong(f"{value} is not a sector-aligned value for '{name}'")
+            raise _WrongError(f"{value} is not a sector-aligned value for '{name}'")
 
 
 def _lengths(session: Session, texts: Sequence[str]) -> list[int]:
@@ -276,9 +276,9 @@ def _lengths(session: Session, texts: Sequence[str]) -> list[int]:
     for text in texts:
         length = _number(session, text)
         if length > MAX_REQUEST:
-            raise _Wrong(f"Argument '{text}' exceeds maximum size {MAX_REQUEST}")
+            raise _WrongError(f"Argument '{text}' exceeds maximum size {MAX_REQUEST}")
         if sum(lengths) > MAX_REQUEST - length:
-            raise _Wrong(f"The total number of bytes exceed the maximum size {MAX_REQUEST}")
+            raise _WrongError(f"The total number of bytes exceed the maximum size {MAX_REQUEST}")
         lengths.append(length)
     return lengths
 
@@ -354,19 +354,19 @@ def write(session: Session, words: Sequence[str]) -> int:
     if len(scan.rest) != 2:
         return usage(session, words)
     if "b" in flags and "z" in flags:
-        raise _Wrong("-b and -z cannot be specified at the same time")
+        raise _WrongError("-b and -z cannot be specified at the same time")
     if "f" in flags and flags & {"b", "c"}:
-        raise _Wrong("-f and -b or -c cannot be specified at the same time")
+        raise _WrongError("-f and -b or -c cannot be specified at the same time")
     if "n" in flags and "z" not in flags:
-        raise _Wrong("-n requires -z to be specified")
+        raise _WrongError("-n requires -z to be specified")
     if "u" in flags and "z" not in flags:
-        raise _Wrong("-u requires -z to be specified")
+        raise _WrongError("-u requires -z to be specified")
     if len(flags & {"z", "P", "s"}) > 1:
-        raise _Wrong("Only one of -z, -P, and -s can be specified at the same time")
+        raise _WrongError("Only one of -z, -P, and -s can be specified at the same time")
     offset = _number(session, scan.rest[0])
     length = _number(session, scan.rest[1])
     if length > MAX_REQUEST and "n" not in flags:
-        raise _Wrong(f"length cannot exceed {MAX_REQUEST} without -n, given {scan.rest[1]}")
+        raise _WrongError(f"length cannot exceed {MAX_REQUEST} without -n, given {scan.rest[1]}")
     if flags & {"b", "c"}:
         _whole_sectors(offset, length)
     node, fua = session.image, "f" in flags
@@ -502,9 +502,9 @@ def aio_write(session: Session, words: Sequence[str]) -> int:
         return usage(session, words)
     zeroes = "z" in flags
     if zeroes and len(scan.rest) != 2:
-        raise _Wrong("-z supports only a single length parameter")
+        raise _WrongError("-z supports only a single length parameter")
     if "u" in flags and not zeroes:
-        raise _Wrong("-u requires -z to be specified")
+        raise _WrongError("-u requires -z to be specified")
     offset = _number(session, scan.rest[0])
     if zeroes:
         total = _number(session, scan.rest[1])
@@ -564,7 +564,7 @@ def discard(session: Session, words: Sequence[str]) -> int:
     offset = _number(session, scan.rest[0])
     length = _number(session, scan.rest[1])
     if length > MAX_REQUEST:
-        raise _Wrong(f"length cannot exceed {MAX_REQUEST}, given {scan.rest[1]}")
+        raise _WrongError(f"length cannot exceed {MAX_REQUEST}, given {scan.rest[1]}")
     node = session.image
 
     def work() -> None:
@@ -603,9 +603,9 @@ def truncate(session: Session, words: Sequence[str]) -> int:
         if preallocation == "off":
             node.truncate(size)
         else:
-            from ...block.resize import resize
+            from ...block.resize import grow_allocated
 
-            resize(node, size, preallocation=preallocation)
+            grow_allocated(node, size, preallocation)
 
     _, failure = _timed(session, work)
     if failure is not None:

@@ -1,0 +1,87 @@
+"""Differencing images: which file is the parent (2.6.2.6.3).
+
+The parent locator names it relative to the image, by volume and by an absolute Windows path. The first is tried as it
+is; of the others, which mean nothing here, the last part beside the image. The parent's data write GUID must be the one
+that the image remembers, else the parent has been changed since.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from vm_core.errors import GateError, ImageError
+
+from . import guids
+from .headers import LENGTH, PLACES, SIGNATURE, Header, sealed
+
+if TYPE_CHECKING:
+    from vm_core.block.open import OpenContext
+
+
+def find_parent(locator: dict[str, str], name: str, context: OpenContext) -> str:
+    """The parent's name, relative to the image's directory. Raises ImageError where it is another or changed image.
+
+    Where no file is there, the first of the names: opening it tells what is missing.
+    """
+    names = list(dict.fromkeys(_names(locator)))
+    if not names:
+        raise ImageError(name, "a differencing image that names no parent: give backing.file.filename=PATH")
+    if context.backing_given or context.gate.closed or not context.follow_backing:
+        return names[0]
+    refused = ""
+    for reference in names:
+        path = os.path.join(os.path.dirname(name), reference)
+        try:
+            context.gate.check(name, "backing", reference, path)
+        except GateError:
+            refused = refused or reference
+            continue
+        try:
+            found = _data_write_guid(path)
+        except (OSError, ValueError):
+            continue
+        _check(found, locator, reference, name)
+        return reference
+    # The gate's words say more about a file that is there than that another one is missing.
+    if refused and os.path.exists(os.path.join(os.path.dirname(name), refused)):
+        return refused
+    return names[0]
+
+
+def _names(locator: dict[str, str]) -> Iterator[str]:
+    relative = locator.get("relative_path", "").replace("\\", "/").removeprefix("./")
+    if relative:
+        yield relative.rpartition("/")[2] if relative[1:2] == ":" else relative.lstrip("/")
+    for key in ("absolute_win32_path", "volume_path"):
+        last = locator.get(key, "").replace("\\", "/").rpartition("/")[2]
+        if last:
+            yield last
+
+
+def _data_write_guid(path: str) -> bytes | None:
+    """The data write GUID of a VHDX image; None where the file is none. Raises OSError where it cannot be read."""
+    best: Header | None = None
+    with open(path, "rb") as file:
+        if file.read(len(SIGNATURE)) != SIGNATURE:
+            return None
+        for place in PLACES:
+            file.seek(place)
+            data = file.read(LENGTH)
+            header = Header.parse(data)
+            sound = len(data) == LENGTH and header.signature == b"head" and sealed(data)
+            if sound and (best is None or header.sequence > best.sequence):
+                best = header
+    return None if best is None else best.data_write_guid
+
+
+def _check(found: bytes | None, locator: dict[str, str], reference: str, name: str) -> None:
+    wanted = [locator[key].strip("{}").lower() for key in ("parent_linkage", "parent_linkage2") if key in locator]
+    if found is None or guids.show(found) in wanted:
+        return
+    raise ImageError(
+        name,
+        f"'{reference}' is not the parent of this image, or was changed since: its GUID is {guids.show(found)} instead "
+        f"of {' or '.join(wanted) or 'none'}; backing.file.filename={reference} opens it all the same",
+    )
