@@ -441,6 +441,9 @@ class FormatNode(ImageNode):
             raise self.read_only_error()
         if offset < 0 or offset + length > size:
             raise self._past_end()
+        if unit == 1:  # an image without clusters (fixed, flat): nothing in it is compressed
+            self.write(offset, buffers)
+            return
         if offset % unit or (length % unit and offset + length != size):
             raise BlockError.of(errno.EINVAL)
         for start in range(0, length, unit):

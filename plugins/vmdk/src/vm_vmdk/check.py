@@ -10,7 +10,7 @@ import errno
 from array import array
 from typing import TYPE_CHECKING, Any
 
-from vm_core.errors import BlockError, ImageError, VmError
+from vm_core.errors import BlockError, ImageError, UsageError, VmError
 
 from .entries import runs
 from .header import SECTOR
@@ -31,9 +31,7 @@ def check(image: Vmdk, *, repair: str = "") -> dict[str, Any]:
     Nobody else uses the image meanwhile.
     """
     if repair:
-        from vm_core.errors import UsageError
-
-        raise UsageError("images of this format cannot be repaired").put("This image format does not support repair")
+        raise UsageError("images of this format cannot be checked and repaired: an entry does not tell what it was")
     messages: list[str] = []
     corruptions = 0
     for extent in image.extents:

@@ -113,6 +113,8 @@ def _collect(tool: Tool, node: Node, repair: str) -> dict[str, Any]:
             raise Exit(UNSUPPORTED) from None
         raise
     except OSError as error:
+        for note in getattr(error, "__notes__", ()):
+            sys.stderr.write(f"{note}\n")
         raise Failure(f"Check failed: {reason(error)}", FAILED) from error
     for line in result.pop("messages", ()):
         sys.stderr.write(f"{line}\n")

@@ -272,6 +272,8 @@ def _convert(tool: Tool, given: _Arguments, sources: list[Node], stack: ExitStac
         target.truncate(size)
     if given.compressed and not (isinstance(target, FormatNode) and can_compress(target)):
         raise Failure("Compression not supported for this file format")
+    if given.compressed and target.cluster_size <= 1:
+        raise Failure("invalid cluster size")
     below = -1
     if backing:
         below = target.backing.size if target.backing is not None else 0
