@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -41,8 +42,11 @@ print(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, os.waitstat
 def run(command: Sequence[str | Path]) -> Run:
     """Run *command* to its end and measure it. Raises CalledProcessError where it fails."""
     words = [str(word) for word in command]
+    # The developer's switches for Python (no compiled files, no buffers) are not what users run with.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, *words]
-    wall, cpu, memory, code = subprocess.run(launcher, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+    done = subprocess.run(launcher, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    wall, cpu, memory, code = done.stdout.split()
     if int(code):
         raise subprocess.CalledProcessError(int(code), words)
     return Run(float(wall), float(cpu), int(memory))

@@ -34,6 +34,7 @@ KNOWN_DRIVERS: dict[str, dict[str, str]] = {
         "copy-on-read": "vm-filters",
         "dmg": "vm-dmg",
         "luks": "vm-luks",
+        "ova": "vm-vmdk",
         "parallels": "vm-parallels",
         "qcow": "vm-qcow",
         "qcow2": "vm-qcow2",
@@ -69,6 +70,9 @@ KNOWN_DRIVERS: dict[str, dict[str, str]] = {
         "vhost-user-blk": "vm-vhost-user",
     },
 }
+
+#: Formats of the family that are only read: making such an image is refused alike with and without the plugin.
+READ_ONLY_FORMATS = ("bochs", "cloop", "dmg")
 
 #: ``-drive if=`` → distribution.
 KNOWN_INTERFACES: dict[str, str] = {

@@ -95,7 +95,6 @@ def test_preallocation_takes_host_space(tmp_path: Path, qemu: Qemu, mode: str, c
         ({"compat": "2.0"}, "compat"),
         ({"backing_file": "x" * 1024, "backing_fmt": "raw"}, "too long"),
         ({"backing_file": "x", "backing_fmt": "raw", "preallocation": "metadata"}, "preallocation"),
-        ({"encryption": "on"}, "encryption"),
     ],
     ids=str,
 )

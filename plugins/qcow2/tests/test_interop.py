@@ -37,6 +37,7 @@ class Machine(RuleBasedStateMachine):
         size=st.integers(1, 4096),
         ours=st.booleans(),
         preallocate=st.booleans(),
+        extended=st.booleans(),
     )
     def make(
         self,
@@ -49,6 +50,7 @@ class Machine(RuleBasedStateMachine):
         size: int,
         ours: bool,
         preallocate: bool,
+        extended: bool,
     ) -> None:
         self.node: Node | None = None
         self.snapshots: dict[str, bytes] = {}
@@ -60,6 +62,9 @@ class Machine(RuleBasedStateMachine):
         self.width = width if self.v3 else 16
         if self.v3:
             options |= {"refcount_bits": width, "lazy_refcounts": lazy, "compression_type": compression}
+            if extended:
+                cluster = max(cluster, 16384)
+                options |= {"extended_l2": True, "cluster_size": cluster}
         self.backing = backing
         self.cluster = cluster
         size *= 512
@@ -147,6 +152,15 @@ class Machine(RuleBasedStateMachine):
         del self.model[size:]
         self.model.extend(bytes(size - len(self.model)))
 
+    @rule(at=st.integers(0, 1 << 21), value=st.integers(1, 255))
+    def write_compressed(self, at: int, value: int) -> None:
+        offset, length = self.place(at, self.cluster, self.cluster)
+        if any(run.kind is not Kind.UNALLOCATED or run.host >= 0 for run in self.ours.map(offset, length)):
+            return
+        data = bytes([value]) * (length // 2) + random.Random(value).randbytes(length - length // 2)
+        self.ours.write_compressed(offset, [memoryview(data)])  # type: ignore[attr-defined]
+        self.model[offset : offset + length] = data
+
     # By the peer
 
     @rule(at=st.integers(0, 1 << 21), length=st.integers(1, 200_000), value=st.integers(1, 255))
@@ -164,7 +178,7 @@ class Machine(RuleBasedStateMachine):
             offset, length = self.place(at, self.cluster, self.cluster)
             if length < self.cluster:
                 return
-            if any(run.kind is not Kind.UNALLOCATED for run in self.ours.map(offset, length)):
+            if any(run.kind is not Kind.UNALLOCATED or run.host >= 0 for run in self.ours.map(offset, length)):
                 continue  # the peer does not overwrite
             self.release()
             self.qemu.io(self.path, f"write -c -P {value} {offset} {length}")

@@ -89,7 +89,7 @@ def test_vmfs_sparse(tmp_path: Path, seed: int) -> None:
 def test_streams(tmp_path: Path, qemu: Qemu) -> None:
     """A compressed grain is in the file before the table points to it."""
     chance = random.Random(2)
-    size = 40 * MIB
+    size = 4 * MIB
     file = MemoryNode()
     create(file, size, {"subformat": "streamOptimized"})
     recorder = RecordingNode(file)
@@ -97,7 +97,7 @@ def test_streams(tmp_path: Path, qemu: Qemu) -> None:
     touched: Touched = []
     recorder.mark(bytes(model))
     with open_node({"driver": "vmdk", "file": recorder}, readonly=False) as node:
-        for offset in chance.sample(range(0, size, 65536), 40):
+        for offset in chance.sample(range(0, size, 65536), 24):
             data = chance.randbytes(100) * 655 + bytes(36)
             touched.append((recorder.now(), offset, 65536))
             node.pwrite(offset, data)

@@ -150,13 +150,13 @@ def test_convert_by_the_peer_and_here_give_equal_images(tmp_path: Path, qemu: Qe
 
 
 def test_runs_are_long(tmp_path: Path, qemu: Qemu) -> None:
-    """A gigabyte written in order is one run, across grain tables."""
+    """What was written in order is one run, across grain tables."""
     path = tmp_path / "disk.vmdk"
     qemu.create(path, "2G")
-    qemu.io(path, *[f"write -z {start}M 512M" for start in (0, 512)])
+    qemu.io(path, "write -z 0 80M", "write -z 80M 20M")
     with open_node(str(path)) as node:
         runs = [(run.kind, run.length) for run in node.map(0, node.size)]
-    assert runs == [(Kind.DATA, 1 << 30), (Kind.UNALLOCATED, 1 << 30)]
+    assert runs == [(Kind.DATA, 100 * MIB), (Kind.UNALLOCATED, 1948 * MIB)]
 
 
 def test_flat_images_tell_their_holes(tmp_path: Path, qemu: Qemu) -> None:
@@ -168,3 +168,19 @@ def test_flat_images_tell_their_holes(tmp_path: Path, qemu: Qemu) -> None:
         data = [extent for extent in walk(node) if extent.kind is Kind.DATA]
     assert sum(extent.length for extent in data) < 4 * MIB
     assert any(extent.offset <= 3 << 30 < extent.end for extent in data)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=name)
+def test_reopening(tmp_path: Path, options: dict[str, Any]) -> None:
+    """An open image changes between read-only and read-write with all its files."""
+    path = tmp_path / "disk.vmdk"
+    create_image(str(path), "vmdk", 4 * MIB, options)
+    with open_node(str(path)) as node:
+        for number in range(1, 4):
+            node.reopen(readonly=False)
+            node.pwrite(number * 70_000, bytes([number]) * 1000)
+            node.reopen(readonly=True)
+            with pytest.raises(OSError, match="Permission denied"):
+                node.pwrite(0, b"x")
+            with open_node(str(path), share=True) as other:
+                assert other.pread(number * 70_000, 1000) == bytes([number]) * 1000

@@ -16,7 +16,7 @@ class Breakpoints(Protocol):
         """Stop the next request that comes to *event* and call it *tag*. Raises UsageError for an unknown event."""
 
     def remove(self, tag: str) -> bool:
-        """Forget the breakpoint and let what it stopped go on. False where there is neither."""
+        """Forget the breakpoint and let what it stopped go on. False where there is none that waits."""
 
     def resume(self, tag: str) -> bool:
         """Let the request that was stopped as *tag* go on. False where there is none."""

@@ -140,6 +140,10 @@ def find_drivers(filename: str, format: str) -> tuple[FormatDriver, str, Any, di
         try:
             driver = find("protocol", format)
         except PluginError:
+            from ..known_drivers import READ_ONLY_FORMATS
+
+            if format in READ_ONLY_FORMATS:
+                raise UsageError(f"Format driver '{format}' does not support image creation") from None
             raise error.put(f"Unknown file format '{format}'") from None
     protocol, target = _protocol_of(filename)
     descriptor: Any = find("protocol", protocol)

@@ -135,7 +135,8 @@ def _leaves(run: Mapping, depth: int, owner: Node, base: Node | None, holes: boo
         # Host space may be set aside for what was never written (subclusters).
         return (Extent(Kind.ZERO, run.offset, run.length, run.storage, run.host, depth, owner, False),)
     if kind is Kind.DATA and storage is not None and storage is not owner:
-        if owner.transparent and (holes or storage.backing is not None or storage.transparent):
+        looks_below = owner.transparent and (holes or storage.backing is not None or storage.transparent)
+        if looks_below or (holes and owner.sparse):
             # The node below answers for itself, with its own backing chain. Recursion nests as filters do, no deeper.
             delta = run.offset - run.host
             return [

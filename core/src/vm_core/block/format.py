@@ -51,6 +51,8 @@ class Format(ABC):
     #: Whether zeroing a part of a unit of allocation may become zeroing it whole where the rest reads as zeroes. Where
     #: not, such parts are written, as QEMU does for all formats but QCOW2.
     zero_parts: bool = True
+    #: Much space was set aside and never written: where the storage has holes, DATA reads as zeroes, and walks say so.
+    sparse: bool = False
     #: Damage was found and told while requests were served; nothing more is written, and closing says no more.
     failed: bool = False
     #: Bytes in which SPECIAL runs are turned into data: a partial read asks for whole units (and keeps the last ones).
@@ -241,7 +243,7 @@ class Format(ABC):
         raise UsageError("an image of this format cannot be emptied")
 
     def backing_changed(self, node: Node | None) -> None:
-        """From now on *node* answers for UNALLOCATED runs (None: nobody does). For drivers that check whether it may."""
+        """*node* answers for UNALLOCATED runs now (None: nobody does). For drivers that check whether it may."""
 
     def reclaim(self) -> int:
         """Give host space that the metadata calls free back: punch holes, cut off the file's end. Returns the bytes.
@@ -280,6 +282,10 @@ class Format(ABC):
 
     def close(self) -> None:
         """Write back what is cached (unless read-only). The core closes the children."""
+
+    def unsaved(self) -> Sequence[str]:
+        """What differs from the disk after a flush has failed, in the peer's words."""
+        return ()
 
     def children(self) -> dict[str, Node]:
         """Nodes opened with ``context.open_child`` besides ``file`` and ``backing``, by role."""

@@ -140,6 +140,10 @@ class FormatNode(ImageNode):
     # What it is
 
     @property
+    def sparse(self) -> bool:  # type: ignore[override]
+        return self.format.sparse
+
+    @property
     def size(self) -> int:
         return self.format.size
 
@@ -491,6 +495,8 @@ class FormatNode(ImageNode):
             with self._mutex:
                 one = self.format.allocate_encoded(offset, len(encoded))
             try:
+                if self._watch is not None:
+                    self._watch("write_compressed")
                 one.storage.write(one.host, (memoryview(encoded),))
             except BaseException:
                 with self._mutex:
@@ -643,6 +649,11 @@ class FormatNode(ImageNode):
         end = offset + length
         unit = self.cluster_size
         size = self.format.size
+        fine = self.format.zero_unit or unit
+        if fine != unit:
+            with self._exclusive(*self._clusters(offset, length)):
+                self._zero_fine(offset, end, fine, unmap)
+            return
         start, stop = -(-offset // unit) * unit, end if end == size else end - end % unit
         if start >= stop:
             self._zero_part(offset, end, unmap)
@@ -660,23 +671,38 @@ class FormatNode(ImageNode):
 
         It is where the rest of the cluster (or of its parts, if the format has such) reads as zeroes already.
         """
-        size = self.format.size
-        unit = self.format.zero_unit or self.cluster_size
+        size, unit = self.format.size, self.cluster_size
         with self._exclusive(*self._clusters(start, end - start)):
-            if unit == self.cluster_size:
-                self._zero_edge(start, end, unit, size, unmap)
-                return
-            whole, stop = -(-start // unit) * unit, end if end == size else end - end % unit
-            if whole >= stop:
-                for begin, finish in _split(start, end, self.cluster_size):
-                    self._zero_edge(begin, finish, unit, size, unmap)
-                return
-            if start < whole:
-                self._zero_edge(start, whole, unit, size, unmap)
-            for begin, finish in _split(whole, stop, self.cluster_size):
-                self._zero_clusters(begin, finish, unmap)
-            if stop < end:
-                self._zero_edge(stop, end, unit, size, unmap)
+            for begin, finish in _split(start, end, unit):
+                self._zero_edge(begin, finish, unit, size, unmap)
+
+    def _zero_fine(self, start: int, end: int, fine: int, unmap: bool) -> None:
+        """Zero in a format that knows parts of clusters, of *fine* bytes. The clusters are locked by the caller.
+
+        Whole parts are zeroed at once: if any of them cannot be by metadata, all of them are written.
+        """
+        size, unit = self.format.size, self.cluster_size
+        whole, stop = -(-start // fine) * fine, end if end == size else end - end % fine
+        if whole >= stop:
+            for begin, finish in _split(start, end, fine):
+                self._zero_edge(begin, finish, fine, size, unmap)
+            return
+        if start < whole:
+            self._zero_edge(start, whole, fine, size, unmap)
+        first, last = min(-(-whole // unit) * unit, stop), max(stop - stop % unit, whole)
+        if first > last:
+            parts = [(whole, stop)]
+        else:
+            parts = [(whole, first), *_portions(first, last, unit), (last, stop)]
+        for begin, finish in parts:
+            if begin < finish:
+                with self._mutex:
+                    done = self.format.zero(begin, finish - begin, unmap=unmap)
+                if not done:
+                    self._write_zeroes(whole, stop, even_zeroes=True)
+                    break
+        if stop < end:
+            self._zero_edge(stop, end, fine, size, unmap)
 
     def _zero_edge(self, start: int, end: int, unit: int, size: int, unmap: bool) -> None:
         if not self.format.zero_parts:
@@ -760,6 +786,8 @@ class FormatNode(ImageNode):
         start, length = base + offset, total(buffers)
         if not length:
             return
+        if self._watch is not None:
+            self._watch("vmstate_load")
         with self._mutex:
             ticket = self._ranges.shared(start, start + length)
             try:
@@ -785,6 +813,8 @@ class FormatNode(ImageNode):
         length = total(buffers)
         if not length:
             return
+        if self._watch is not None:
+            self._watch("vmstate_save")
         start, end = self._clusters(base + offset, length)
         vector: list[Buffer] = []
         if start < base + offset:

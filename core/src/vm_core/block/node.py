@@ -44,6 +44,8 @@ class Node(ABC):
     #: Filters and raw images: every run of :meth:`map` is DATA of one child at a constant distance, so that walks go
     #: on in that child.
     transparent: bool = False
+    #: Images much of whose DATA is holes in the storage: walks look there.
+    sparse: bool = False
     #: What is stored are not the bytes that are read (they are encrypted): nobody may take them from the storage below.
     opaque: bool = False
     #: Somebody below looks at events, so they must be told.

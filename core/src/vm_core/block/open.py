@@ -177,7 +177,9 @@ class OpenContext:
         return secrets.passphrase(identity)
 
     def open_given(self, role: str, given: Any, *, image: bool = False) -> Node:
-        """Open a child that the user defined: options, a node's name or a node. Not an *image*: its format is not probed.
+        """Open a child that the user defined: options, a node's name or a node.
+
+        Not an *image*: its format is not probed.
 
         Close it with the new node if :meth:`owned` says that it is owned.
         """
@@ -401,6 +403,8 @@ def _open_one(options: dict[str, Any], context: OpenContext, *, image: bool = Tr
 def _open_storage(options: dict[str, Any], context: OpenContext, driver: str | None) -> Node:
     """The ``file`` child, from ``file=`` or ``filename=``."""
     given = options.pop("file", _ABSENT)
+    if given is None:
+        given = _ABSENT
     filename = options.pop("filename", None)
     if given is _ABSENT:
         if filename is None:
@@ -702,8 +706,8 @@ def _follow_storage(
         shown, options, path = "json:" + json.dumps(reference), dict(reference), None
     else:
         shown = reference
-        # QEMU takes such names as relative to where it runs, except for extents; here they are relative to the image, like
-        # all others.
+        # QEMU takes such names as relative to where it runs, except for extents; here they are relative to the image,
+        # like all others.
         options, path = _resolve_name(reference, "" if context.gate.following and not beside else context.located)
     context.gate.check(context.located, role, shown, path)
     if path is not None:

@@ -31,6 +31,25 @@ GUARDED = 64 * 1024
 Guess = Callable[[bytes, bytes], str]
 
 
+def _check_window(file: Node, offset: int, size: int | None) -> None:
+    """Raise UsageError or ImageError where *file* has no such bytes."""
+    if offset < 0 or (size is not None and size < 0):
+        raise UsageError("raw: offset and size cannot be negative")
+    if offset > file.size:
+        raise ImageError(
+            file.filename,
+            f"raw: offset {offset} is past the end of the file ({file.size} bytes)",
+            peer=f"Offset ({offset}) cannot be greater than size of the containing file ({file.size})",
+        )
+    if size is not None and offset + size > file.size:
+        raise ImageError(
+            file.filename,
+            f"raw: offset {offset} and size {size} reach past the end of the file ({file.size} bytes)",
+            peer=f"The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the  actual size "
+            f"of the containing file ({file.size})",
+        )
+
+
 class RawNode(ImageNode):
     """*size* bytes of *file* from *offset* on; to its end where *size* is None."""
 
@@ -46,21 +65,7 @@ class RawNode(ImageNode):
         readonly: bool | None = None,
         owned: Sequence[Node] = (),
     ) -> None:
-        if offset < 0 or (size is not None and size < 0):
-            raise UsageError("raw: offset and size cannot be negative")
-        if offset > file.size:
-            raise ImageError(
-                file.filename,
-                f"raw: offset {offset} is past the end of the file ({file.size} bytes)",
-                peer=f"Offset ({offset}) cannot be greater than size of the containing file ({file.size})",
-            )
-        if size is not None and offset + size > file.size:
-            raise ImageError(
-                file.filename,
-                f"raw: offset {offset} and size {size} reach past the end of the file ({file.size} bytes)",
-                peer=f"The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the  actual size of "
-                f"the containing file ({file.size})",
-            )
+        _check_window(file, offset, size)
         self.file = file
         self.filename = file.filename
         self.readonly = file.readonly if readonly is None else readonly or file.readonly
@@ -195,6 +200,15 @@ class RawNode(ImageNode):
         if self._window is not None:
             raise ImageError(self.filename, "raw: an image with a fixed size cannot be resized")
         self.file.truncate(self.offset + size)
+
+    def reconfigure(self, options: dict[str, Any]) -> None:
+        """Another window: the options ``offset`` and ``size``. Raises UsageError, ImageError."""
+        from ..options import parse_size
+
+        offset = parse_size(options.get("offset", self.offset), "offset")
+        size = parse_size(options["size"], "size") if "size" in options else self._window
+        _check_window(self.file, offset, size)
+        self.offset, self._window = offset, size
 
     def reserve(self, offset: int, length: int, *, full: bool = False) -> None:
         self.file.reserve(self.offset + offset, length, full=full)

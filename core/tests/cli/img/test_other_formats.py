@@ -142,7 +142,8 @@ def test_encrypted_images_are_opened_alike(format: str, line: str, others: Path,
 @pytest.mark.parametrize(("format", "line"), CREATED)
 def test_creation_is_told_alike(format: str, line: str, others: Path, tmp_path: Path) -> None:
     """What ``create`` says and refuses; the images themselves are the business of each format's own tests."""
-    need(format)
+    if format != "bochs":  # refused with and without the plugin
+        need(format)
     compare(f"create -f {format} {line}", only(others, "a.qcow2", tmp_path), tmp_path, files=False)
 
 

@@ -102,7 +102,10 @@ class Engine:
             self._rules.setdefault(event, []).append(Suspend(event, tag))
 
     def remove(self, tag: str) -> bool:
-        """Forget the breakpoints called *tag*, and let the requests that they stopped go on."""
+        """Forget the breakpoints called *tag*, and let the requests that they stopped go on.
+
+        Returns whether there was a breakpoint that no request had met.
+        """
         found = False
         with self._lock:
             for rules in self._rules.values():
@@ -110,7 +113,7 @@ class Engine:
                     rules.remove(rule)
                     found = True
         while self.resume(tag):
-            found = True
+            pass
         return found
 
     def resume(self, tag: str) -> bool:

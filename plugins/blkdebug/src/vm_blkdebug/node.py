@@ -48,6 +48,8 @@ class Blkdebug(Filter):
         self._align = max(self.limits.align, 1)
         self.request_alignment = max(self._align, file.request_alignment)
         self._blocks = BlockLock() if self._align > 1 else None
+        #: Something was changed since the last flush: others are not passed on.
+        self._changed = False
         self.engine.event("none")
 
     @classmethod
@@ -159,6 +161,7 @@ class Blkdebug(Filter):
         return memoryview(self.file.pread(offset, self._align))
 
     def _write_blocks(self, offset: int, length: int, buffers: Sequence[Buffer], fua: bool) -> None:
+        self._changed = True
         self.engine.event("pwritev")
         for begin, step in pieces(offset, length, self.limits.max_transfer):
             self.engine.check(WRITE, begin, step)
@@ -169,6 +172,7 @@ class Blkdebug(Filter):
         if self.readonly:
             raise self.read_only_error()
         limits = self.limits
+        self._changed = True
         self.engine.event("pwritev_zero")
         for begin, step in fragments(offset, length, self._align, limits.opt_zero, limits.max_zero):
             if begin % self._align or step % self._align:
@@ -186,6 +190,7 @@ class Blkdebug(Filter):
             raise self.read_only_error()
         if offset % self._align or length % self._align:
             return False
+        self._changed = True
         self.engine.check(WRITE_ZEROES, offset, length)
         return self.file.zero_fast(offset, length, unmap=unmap)
 
@@ -197,14 +202,21 @@ class Blkdebug(Filter):
         if self.readonly:
             raise self.read_only_error()
         limits = self.limits
+        self._changed = True
         for begin, step in fragments(offset, length, self._align, limits.opt_discard, limits.max_discard):
             if not (begin % self._align or step % self._align):  # parts of blocks cannot be given back
                 self.engine.check(DISCARD, begin, step)
                 self.file.discard(begin, step)
 
+    def truncate(self, size: int) -> None:
+        self._changed = True
+        super().truncate(size)
+
     def flush(self) -> None:
-        self.engine.check(FLUSH)
-        self.file.flush()
+        if self._changed:
+            self.engine.check(FLUSH)
+            self.file.flush()
+            self._changed = False
 
     def map(self, offset: int, length: int) -> Iterator[Mapping]:
         self.engine.check(BLOCK_STATUS, offset, length)

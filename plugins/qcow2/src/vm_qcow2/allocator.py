@@ -45,6 +45,8 @@ class Allocator:
         self._hint = 0
         #: (first, count, whether the guest asked for it) of clusters to give back.
         self.pending: list[tuple[int, int, bool]] = []
+        #: Among those are some that nothing else points at.
+        self.reusable = False
         #: Where the last compressed cluster ended; 0: at the end of a cluster, or there was none.
         self._bytes_at = 0
         #: From here on the file was never written: reads as zeroes.
@@ -63,6 +65,7 @@ class Allocator:
         *what* they are for, where that can never be at offset 0.
         """
         self.store.check_writable()
+        self.store.file.event("cluster_alloc")
         while True:
             first = self._find(count)
             if first + count << self.store.geometry.cluster_bits > MAX_HOST_OFFSET:
@@ -128,6 +131,7 @@ class Allocator:
         cluster that they touch is counted once more. Raises BlockError.
         """
         self.store.check_writable()
+        self.store.file.event("cluster_alloc_bytes")
         geometry = self.store.geometry
         bits, size = geometry.cluster_bits, geometry.cluster_size
         tail = self._bytes_at
@@ -311,7 +315,9 @@ class Allocator:
             for position, number in enumerate(numbers):
                 refcounts.add_block(number, area + position << geometry.cluster_bits)
             refcounts.set_run(area, used, 1)
+            store.file.event("refblock_alloc_write_blocks")
             written = refcounts.write_blocks()
+            store.file.event("refblock_alloc_write_table")
             del refcounts.table[entries:]
             table_offset = area + new_blocks << geometry.cluster_bits
             store.write_words(table_offset, refcounts.table)
@@ -331,6 +337,7 @@ class Allocator:
         self.fresh_from = max(self.fresh_from, area + used)
         store.header.refcount_table_offset = table_offset
         store.header.refcount_table_clusters = table_clusters
+        store.file.event("refblock_alloc_switch_table")
         store.write_header("refcount_table_offset", "refcount_table_clusters")
         store.barrier()
         # Nothing on disk points at the old table any more.
@@ -359,8 +366,7 @@ class Allocator:
         """Tables point at these clusters once less. *requested*: the guest said so, and the host may have the space."""
         try:
             # Damage is told now; the count itself goes down later.
-            for index in range(first >> self._shift, (first + count - 1 >> self._shift) + 1):
-                self.refcounts.block(index)
+            self.reusable = self.refcounts.any_one(first, count) or self.reusable
         except BlockError as error:
             notice(f"qcow2_free_clusters failed: {os.strerror(error.code)}")
             return
@@ -387,6 +393,9 @@ class Allocator:
         Returns the (first, count) of clusters that are free and that the guest wanted to be.
         """
         released: list[tuple[int, int]] = []
+        if self.pending:
+            self.store.file.event("cluster_free")
+        self.reusable = False
         while self.pending:
             first, count, requested = self.pending[-1]
             freed = self.refcounts.decrement(first, count)

@@ -23,7 +23,7 @@ from .extensions import Extension
 from .geometry import COMPRESSED, COPIED, OFFSET_MASK, ZERO
 from .header import MAX_BACKING_NAME, NEW_V3_LENGTH, V2_LENGTH, Header
 from .refcounts import decode, encode
-from .snapshots import MIN_EXTRA_BYTES, repair_snapshots
+from .snapshots import MIN_EXTRA_BYTES, rewrite_snapshots
 from .store import swap
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def upgrade(image: Qcow2) -> None:
     image.order.write_back()
     image.refcounts.settle()
     if any(one.head.extra_size < MIN_EXTRA_BYTES for one in image.snapshot_table.entries):
-        repair_snapshots(image)
+        rewrite_snapshots(image)
     header = Header.parse(image.header.pack()[:V2_LENGTH])
     header.version = 3
     header.header_length = NEW_V3_LENGTH

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 #: Sound L2 tables whose runs are kept, in case a snapshot shares them.
 KEPT_TABLES = 1024
+#: Runs of an active L2 table that are kept until its COPIED bits are looked at.
+FEW_RUNS = 16
 #: Entries of all snapshots' L1 tables together that are looked at.
 MAX_SNAPSHOT_ENTRIES = 1 << 28
 #: Findings that are kept to be returned; with more, those before are told at once.
@@ -161,6 +163,8 @@ class _Checker:
         self._highest = 0
         #: Sound L2 tables by offset: what each of their runs takes.
         self._sound: OrderedDict[int, list[tuple[int, int]]] = OrderedDict()
+        #: Active L2 tables by offset, if they have few runs.
+        self._active: dict[int, list[Run]] = {}
 
     def run(self) -> Result:
         result = self.result
@@ -200,6 +204,7 @@ class _Checker:
         self.rebuild = False
         self.fix_errors = False
         self._sound.clear()
+        self._active.clear()
         self._count_all()
         self.fix_errors = True
         kept = fresh.corruptions, fresh.leaks, fresh.corruptions_fixed, fresh.leaks_fixed
@@ -319,7 +324,10 @@ class _Checker:
         entries, bitmaps = table.entries, table.bitmaps
         expected = 0
         changed: list[int] = []
-        for run in all_runs(entries, None, 0, len(entries), geometry):
+        found = all_runs(entries, None, 0, len(entries), geometry)
+        if active and len(found) <= FEW_RUNS:
+            self._active[table.offset] = found
+        for run in found:
             state = run.state
             if run.entry & L2_RESERVED and state is not State.COMPRESSED:
                 for entry in entries[run.at : run.at + run.clusters]:
@@ -395,6 +403,7 @@ class _Checker:
                 if not geometry.external:
                     self._count(host, mask + 1)
         for index in changed:
+            self._active.pop(table.offset, None)
             self._write_entry(table, index)
 
     def _write_entry(self, table: L2Table, index: int) -> None:
@@ -624,7 +633,9 @@ class _Checker:
         """Compare the COPIED bits of the active tables with the refcounts."""
         image, geometry, result = self.image, self.geometry, self.result
         refcounts, bits = image.refcounts, geometry.cluster_bits
-        fix = self.fix_errors and not (result.check_errors or result.corruptions or result.leaks)
+        # Where leaks were all there was, mending them is what makes these bits wrong.
+        clean = not (result.check_errors or result.corruptions or result.leaks)
+        fix = self.fix_errors or (self.fix_leaks and clean)
         word = "Repairing" if fix else "ERROR"
         size = self.store.file.size
         for index, entry in enumerate(image.tables.l1):
@@ -646,6 +657,9 @@ class _Checker:
                     result.corruptions_fixed += 1
             if offset & geometry.cluster_size - 1 or offset + geometry.cluster_size > size:
                 continue
+            known = self._active.get(offset)
+            if known is not None and self._all_right(known):
+                continue
             table = image.tables.cached(index) or image.tables.read(offset, f"L2 table {index}")
             wrong = self._check_table(table, word)
             if fix and wrong:
@@ -659,6 +673,23 @@ class _Checker:
                 image.order.relieve()
         if fix and not self.store.corrupt:
             image.order.write_back()
+
+    def _all_right(self, known: list[Run]) -> bool:
+        """Whether no COPIED bit of these runs is missing, and none is wrong."""
+        bits, refcounts = self.geometry.cluster_bits, self.image.refcounts
+        for run in known:
+            if run.state is State.BAD:
+                return False
+            if run.placed:
+                if not run.entry & COPIED:
+                    return False
+                if not self.geometry.external:
+                    try:
+                        if not refcounts.all_one(run.host >> bits, run.clusters):
+                            return False
+                    except OSError:
+                        return False
+        return True
 
     def _check_table(self, table: L2Table, word: str) -> list[int]:
         """Tell where the COPIED bits of an L2 table contradict the refcounts; returns the entries."""

@@ -1,14 +1,16 @@
 """L2 entries (*Cluster mapping*), and the runs in which they are handled: many clusters at a time.
 
-A run is found by comparing whole slices of a table with what a run would hold, in growing steps: the comparison is one
-of memory, so long runs cost next to nothing a cluster.
+A run is found by comparing whole slices of a table with what a run would hold, in growing steps, so that long runs cost
+next to nothing a cluster.
 """
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections.abc import Iterator
 from enum import IntEnum
+from functools import cache
 from typing import NamedTuple
 
 from .geometry import COMPRESSED, COPIED, OFFSET_MASK, SUBCLUSTERS, ZERO, Geometry
@@ -69,27 +71,47 @@ class BadEntryError(Exception):
         self.entry = entry
 
 
+#: Entries that are compared at once, one size after the other.
+_CHUNKS = (16, 64, 256, 1024, 4096)
+
+
+@cache
+def _ramp(count: int, step: int) -> tuple[int, int]:
+    """One, and the multiples of *step* from zero on, in each of *count* 64-bit lanes of a number."""
+    ones = int.from_bytes(b"\1\0\0\0\0\0\0\0" * count, "little")
+    return ones, sum(lane * step << 64 * lane for lane in range(count)) if step else 0
+
+
 def run_length(entries: array[int], index: int, stop: int, step: int) -> int:
-    """How many entries from *index* on each are *step* more than the one before."""
+    """How many entries from *index* on each are *step* more than the one before.
+
+    Whole slices are compared as one number with the number that a run would be.
+    """
     first = entries[index]
-    count = 1
     # Most runs of fragmented images end at once.
-    if index + 1 < stop and entries[index + 1] != first + step:
+    if index + 1 >= stop or entries[index + 1] != first + step:
         return 1
-    chunk = 16
+    count = 1
+    chunk = 0
     while index + count < stop:
-        size = min(chunk, stop - index - count)
-        piece = entries[index + count : index + count + size]
-        start = first + count * step
-        wanted = array("Q", range(start, start + size * step, step)) if step else array("Q", (first,)) * size
-        if piece != wanted:
-            for have, want in zip(piece, wanted, strict=True):
-                if have != want:
-                    return count
-                count += 1
-        count += size
-        if chunk < 4096:
-            chunk *= 4
+        size = _CHUNKS[chunk]
+        if chunk < len(_CHUNKS) - 1:
+            chunk += 1
+        value = first + count * step
+        if value + size * step >= 1 << 64:
+            return count
+        ones, ramp = _ramp(size, step)
+        piece = entries[index + count : min(index + count + size, stop)]
+        if sys.byteorder == "big":
+            piece.byteswap()
+        have = int.from_bytes(piece.tobytes(), "little")
+        want = value * ones + ramp
+        if len(piece) < size:
+            want &= (1 << 64 * len(piece)) - 1
+        differ = have ^ want
+        if differ:
+            return count + ((differ & -differ).bit_length() - 1 >> 6)
+        count += len(piece)
     return count
 
 

@@ -101,6 +101,7 @@ class Qcow2(Format):
         self._decode = decoder(header.compression_type)
         self._encode = encoder(header.compression_type)
         self._writer: Writer | None = None
+        self._sparse: bool | None = None
         self._registered = False
         self.metadata = MetadataMap(store)
         self.refcounts = Refcounts(store, check=check)
@@ -154,6 +155,10 @@ class Qcow2(Format):
         explicit = context.explicit("data-file")
 
         def open_data(name: str | None) -> Node:
+            if not context.io:
+                # No guest data will be wanted, so what the image names stays closed.
+                context._explicit.pop("data-file", None)
+                return file
             if name is None and not explicit:
                 raise ImageError(context.filename or file.filename, "'data-file' is required for this image")
             return context.open_child("data-file", name, storage=True)
@@ -168,6 +173,7 @@ class Qcow2(Format):
             context=context,
         )
         if explicit and not image.has_data_file:
+            context.open_child("data-file", None, storage=True)
             raise ImageError(image.store.name, "'data-file' can only be set for images with an external data file")
         if image.bitmap_warning:
             context.warn(image.bitmap_warning)
@@ -209,7 +215,7 @@ class Qcow2(Format):
         return self.data if self.encryption is None else self.encryption.storage(guest, host)
 
     def children(self) -> dict[str, Node]:
-        return {"data-file": self.data} if self._external else {}
+        return {"data-file": self.data} if self._external and self.data is not self.file else {}
 
     def _register_tables(self) -> None:
         """Tell the overlap check where tables are."""
@@ -267,6 +273,10 @@ class Qcow2(Format):
     @property
     def dirty(self) -> bool:
         return bool(self.header.incompatible_features & features.DIRTY)
+
+    def unsaved(self) -> Sequence[str]:
+        counts = self.refcounts.dirty or self.tables.dirty
+        return ["L2 table cache"] * self.tables.dirty + ["refcount block cache"] * counts
 
     def info(self) -> dict[str, Any]:
         header = self.header
@@ -531,6 +541,30 @@ class Qcow2(Format):
 
     def discard(self, offset: int, length: int) -> None:
         self.writer.discard(offset, length)
+
+    @property
+    def sparse(self) -> bool:  # type: ignore[override]
+        """Whether many more clusters are counted than the host has space for: preallocated metadata."""
+        if self._sparse is None:
+            self._sparse = not self._external and self._counts_holes()
+        return self._sparse
+
+    def _counts_holes(self) -> bool:
+        bits, per_block = self._cluster_bits, self.geometry.refblock_entries
+        real = self.file.allocated() >> bits
+        limit = max(real * 10 // 9, real + 2)
+        clusters = -(-self.file.size >> bits)
+        if not real or clusters < limit:
+            return False
+        counted = 0
+        for index in range(-(-clusters // per_block)):
+            block = self.refcounts.block(index)
+            if block is not None:
+                counts = block.counts[: clusters - index * per_block]
+                counted += len(counts) - counts.count(0)
+                if counted >= limit:
+                    return True
+        return False
 
     @property
     def failed(self) -> bool:  # type: ignore[override]

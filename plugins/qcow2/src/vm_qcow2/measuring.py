@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from vm_core.errors import UsageError
+
+from .geometry import MAX_L1_BYTES
+
 #: Bytes of an entry in the L1 table, in L2 tables (with subclusters) and in the refcount table.
 _ENTRY, _EXTENDED_ENTRY = 8, 16
 
@@ -17,10 +21,12 @@ def measure(size: int, data: Iterable[tuple[int, int]], options: dict[str, Any])
     encryption = _encryption_header(given)
     preallocation = given.pop("preallocation", None) or "off"
     backing = bool(given.get("backing_file"))
-    header, _, _ = plan(size, given, preallocation)
+    header, _, _ = plan(0, given, preallocation)
     cluster = 1 << header.cluster_bits
     entry = _EXTENDED_ENTRY if options.get("extended_l2") else _ENTRY
     whole = _up(size, cluster)
+    if -(-whole // cluster * entry // cluster) * _ENTRY > MAX_L1_BYTES:
+        raise UsageError("The image size is too large (try using a larger cluster size)")
     fully = metadata(whole, cluster, header.refcount_order, entry) + whole
     if preallocation in ("falloc", "full") or backing:
         # How much of a backing chain a new image shares with it is not known: all of it may be its own.

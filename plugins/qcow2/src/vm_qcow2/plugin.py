@@ -105,7 +105,8 @@ def vm_format_drivers() -> list[FormatDriver]:
                 "measure",
                 "resize",
                 "snapshots",
-                "bitmaps", "inplace",
+                "bitmaps",
+                "inplace",
                 "write",
             },
             signatures=(

@@ -44,6 +44,11 @@ def rebuild(image: Qcow2, references: References) -> None:
     store.write_words(start << geometry.cluster_bits, table)
     store.barrier()
     header = store.header
+    # Nothing protects the places of the former structures from now on.
+    bits = geometry.cluster_bits
+    image.metadata.remove(header.refcount_table_offset >> bits, header.refcount_table_clusters)
+    for entry in image.refcounts.table:
+        image.metadata.remove(entry >> bits, 1)
     header.refcount_table_offset = start << geometry.cluster_bits
     header.refcount_table_clusters = clusters
     store.write_header("refcount_table_offset", "refcount_table_clusters")

@@ -155,6 +155,18 @@ class Refcounts:
             count -= len(piece)
         return True
 
+    def any_one(self, first: int, count: int) -> bool:
+        """Whether any of *count* clusters has refcount one. All their blocks are looked at."""
+        found = False
+        while count:
+            block = self.block(first >> self._shift)
+            low = first & self._index_mask
+            step = min(count, self._index_mask + 1 - low)
+            found = found or (block is not None and 1 in block.counts[low : low + step])
+            first += step
+            count -= step
+        return found
+
     def set_run(self, first: int, count: int, value: int) -> None:
         """Set the counts of *count* clusters. Their blocks exist."""
         while count:
@@ -211,6 +223,7 @@ class Refcounts:
             if block.dirty:
                 low = block.low - block.low % grain
                 high = min(-(-block.high // grain) * grain, len(block.counts))
+                self.store.file.event("refblock_update_part")
                 self.store.write(block.offset + low * bits // 8, encode(block.counts[low:high], bits))
                 written.append(block)
         return written
@@ -219,6 +232,7 @@ class Refcounts:
         """Write the table entries of new blocks, which are stable by now."""
         entries = sorted(self.unlinked)
         if entries:
+            self.store.file.event("refblock_alloc_hookup")
             self.store.file.event("reftable_update")
             self.store.write_words(self.store.header.refcount_table_offset, self.table, entries[0], entries[-1] + 1)
 

@@ -48,6 +48,9 @@ def _grow(image: Qcow2, size: int, preallocation: str) -> None:
     store = image.store
     header = store.header
     former = header.size
+    if image.raw_data and preallocation == "off":
+        # Whatever the data file holds there is what the guest reads.
+        preallocation = "metadata"
     entries = store.geometry.l1_entries_for(size)
     if entries * 8 > MAX_L1_BYTES:
         limit = (MAX_L1_BYTES // 8) << store.geometry.guest_bits
@@ -93,6 +96,7 @@ def unused_blocks(image: Qcow2) -> list[int]:
     refcounts, store, geometry = image.refcounts, image.store, image.geometry
     failed = BlockError.of(errno.EIO, "Failed to discard unused refblocks: Input/output error")
     unused: list[int] = []
+    uncovered = 0
     for index, entry in enumerate(refcounts.table):
         offset = entry & ~511
         if not offset:
@@ -108,9 +112,16 @@ def unused_blocks(image: Qcow2) -> list[int]:
         if used > (own == index):
             continue
         if own != index and (own >= len(refcounts.table) or not refcounts.table[own]):
-            store.mark_corrupt(f"Refblock at {offset:#x} is not covered by the refcount structures")
-            raise failed
+            uncovered = offset
         unused.append(index)
+    if uncovered:
+        # The table is rid of them all the same.
+        for index in unused:
+            refcounts.drop(index)
+            refcounts.unlinked.add(index)
+        refcounts.settle()
+        store.mark_corrupt(f"Refblock at {uncovered:#x} is not covered by the refcount structures")
+        raise failed
     return unused
 
 
@@ -181,6 +192,7 @@ def grow_l1(image: Qcow2, entries: int) -> None:
     # What is on disk and what is in memory must agree, so that the new table points at nothing that is not there.
     image.order.write_back()
     grown = tables.l1 + array("Q", bytes(8 * (entries - len(tables.l1))))
+    store.file.event("l1_grow_alloc_table")
     count = -(-entries * 8 >> geometry.cluster_bits)
     old_offset, old_size = header.l1_table_offset, header.l1_size
     first = allocator.allocate_metadata(count, ACTIVE_L1)

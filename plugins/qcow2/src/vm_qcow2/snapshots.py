@@ -113,6 +113,13 @@ class SnapshotTable:
         #: What a repair cut off: one sentence each, and how many entries are concerned.
         self.cuts: list[str] = []
         self.cut = 0
+        #: How many of the cuts are within entries.
+        self.trimmed = 0
+
+    @property
+    def rewrite(self) -> bool:
+        """Whether single entries have to be written as the format demands."""
+        return bool(self.trimmed or self.incomplete)
 
     @property
     def problems(self) -> int:
@@ -161,6 +168,7 @@ def read_snapshots(store: Store, *, repair: bool = False, count: int | None = No
                 f"Discarding too much extra metadata in snapshot table entry {number} ({kept} > {MAX_EXTRA_BYTES})"
             )
             table.cut += 1
+            table.trimmed += 1
             kept = MAX_EXTRA_BYTES
         kept_length += SnapshotHead.LENGTH + kept + head.id_size + head.name_size + 7 & ~7
         if kept_length > MAX_SNAPSHOT_TABLE_BYTES:
@@ -286,6 +294,12 @@ def check_snapshots(image: Qcow2, *, repair: bool) -> tuple[list[str], int]:
         error.add_note(f"ERROR failed to read the snapshot table: {problem.peer}")
         raise error from problem
     said += table.cuts
+    if repair and len(table.entries) < store.header.nb_snapshots:
+        # The table may stay where it is, only shorter.
+        store.check_writable()
+        store.header.nb_snapshots = len(table.entries)
+        store.write_header("nb_snapshots")
+        store.barrier()
     word = "Repairing" if repair else "ERROR"
     said += [f"{word} snapshot table entry {number} is incomplete" for number in table.incomplete]
     image.snapshot_table = table
@@ -293,7 +307,13 @@ def check_snapshots(image: Qcow2, *, repair: bool) -> tuple[list[str], int]:
 
 
 def repair_snapshots(image: Qcow2) -> None:
-    """Write the table that :func:`check_snapshots` cut anew, with all that the format demands, and free the former."""
+    """Write the table anew where :func:`check_snapshots` cut entries or found some incomplete; free the former."""
+    if image.snapshot_table.rewrite:
+        rewrite_snapshots(image)
+
+
+def rewrite_snapshots(image: Qcow2) -> None:
+    """Write the table anew, with all extra data that is defined; free the former."""
     table = prepare_snapshots(image, image.snapshot_table.entries)
     first, count = switch_snapshots(image, table)
     if count:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from vm_core.errors import BlockError, ImageError, UsageError
 
 from .geometry import COPIED, MAX_SNAPSHOTS, OFFSET_MASK
+from vm_core.block.notices import notice
 from .overlap import ACTIVE_L1, ACTIVE_L2, INACTIVE_L1
 from .resize import grow_l1, resize
 from .sharing import Tree
@@ -104,7 +105,11 @@ def delete(image: Qcow2, name: str | None, id: str | None) -> None:
     table = prepare_snapshots(image, [one for one in entries if one is not snapshot])
     former = switch_snapshots(image, table)
     bits = image.geometry.cluster_bits
-    _give_back(image, [former])
+    try:
+        _give_back(image, [former])
+    except OSError as error:
+        # The snapshot is gone all the same; these clusters are leaked.
+        notice(f"qcow2_free_clusters failed: {error.strerror}")
     try:
         freed = _count_down(image, l1)
         own = snapshot.head.l1_table_offset >> bits, -(-len(l1) * 8 >> bits)

@@ -60,6 +60,7 @@ class Writer:
     def allocate(self, offset: int, length: int) -> list[Allocation]:
         """See :meth:`vm_core.block.format.Format.allocate`."""
         self.store.check_writable()
+        self._reclaim()
         bits = self._cluster_bits
         end = offset + length
         found: list[Allocation] = []
@@ -93,6 +94,11 @@ class Writer:
             self.abort([one for one in found if one.fresh])
             raise
         return found
+
+    def _reclaim(self) -> None:
+        """Clusters that were given back are the first to be taken again; before that, nothing on disk may use them."""
+        if self.allocator.reusable:
+            self.image.order.write_back()
 
     def _reuse(self, found: list[Allocation], table: L2Table, run: Run, base: int, offset: int, end: int) -> None:
         """The units of a run of clusters that are the guest's already, cut to the write."""
@@ -253,6 +259,7 @@ class Writer:
         if self._external:
             raise BlockError.of(errno.ENOTSUP)
         self.image.order.relieve()
+        self._reclaim()
         cluster = offset >> self._cluster_bits
         l1_index, index = cluster >> self._l2_bits, cluster & self._l2_mask
         table = self.tables.writable(l1_index)
@@ -301,7 +308,7 @@ class Writer:
         if self.geometry.extended:
             # Parts of clusters come alone, at either end.
             end = offset + length
-            if offset & mask or (end & mask and end != self.image.size):
+            if offset & mask or end & mask:
                 if offset >> self._cluster_bits != end - 1 >> self._cluster_bits:
                     raise ValueError("subclusters of more than one cluster")
                 return self._zero_subclusters(offset, length)

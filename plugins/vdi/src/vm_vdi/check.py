@@ -30,6 +30,9 @@ def check(header: Header, entries: array[int]) -> dict[str, Any]:
         errors += 1
         if len(messages) < _MOST:
             messages.append(text)
+    if len(entries) < header.blocks_in_image:
+        errors += 1
+        messages.append(f"ERROR: block map ends at index {len(entries)}, should have {header.blocks_in_image}")
     if allocated != header.blocks_allocated:
         errors += 1
         messages.append(f"ERROR: allocated blocks mismatch, is {allocated}, should be {header.blocks_allocated}")

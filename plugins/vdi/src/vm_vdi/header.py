@@ -64,6 +64,15 @@ class Header(Record, order="little"):
         """Whether blocks that are not here are a parent's."""
         return self.uuid_link != NO_UUID or self.uuid_parent != NO_UUID
 
+    def misplaced(self) -> str:
+        """What lies where something else is, empty if nothing does: such an image is only read."""
+        end = self.offset_bmap + 4 * self.blocks_in_image
+        if self.blocks_in_image and self.offset_bmap < SECTOR:
+            return f"the block map at {self.offset_bmap:#x} lies in the header"
+        if self.blocks_in_image and end > self.offset_data:
+            return f"the data at {self.offset_data:#x} begins before the block map's end at {end:#x}"
+        return ""
+
 
 def show_uuid(uuid: bytes) -> str:
     """A stored UUID as people write it."""
@@ -92,15 +101,6 @@ def read_header(file: Node, name: str) -> Header:
         )
     if count > MAX_BLOCKS:
         raise ImageError(name, f"unsupported VDI image (too many blocks {count}, max is {MAX_BLOCKS})")
-    end = header.offset_bmap + 4 * count
-    if end > file.size:
-        raise ImageError(
-            name, f"the block map at {header.offset_bmap:#x} ({count} entries) reaches past the end of the file"
-        )
-    if count and header.offset_bmap < SECTOR:
-        raise ImageError(name, f"the block map at {header.offset_bmap:#x} lies in the header")
-    if count and end > header.offset_data:
-        raise ImageError(name, f"the data at {header.offset_data:#x} begins before the block map's end at {end:#x}")
     return header
 
 

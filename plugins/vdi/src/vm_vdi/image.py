@@ -41,7 +41,9 @@ class Vdi(Format):
         self.readonly = readonly
         self.cluster_size = header.block_size
         self._data = header.offset_data
-        count = header.blocks_in_image
+        # Of a block map that is cut off, as much as there is: what is not there names nothing that could be read.
+        there = max(0, file.size - header.offset_bmap) // 4
+        count = min(header.blocks_in_image, there)
         self._map: array[int] = load("I", file.pread(header.offset_bmap, 4 * count), "little")
         #: What a block that is not here reads as.
         self._absent = Kind.UNALLOCATED if header.differencing else Kind.ZERO
@@ -69,9 +71,12 @@ class Vdi(Format):
 
     def _is_identity(self) -> bool:
         count = -(-self.header.disk_size // self.cluster_size)
-        return bool(count) and self._map[0] == 0 and run_length(self._map, 0, count, 1) == count
+        return 0 < count <= len(self._map) and self._map[0] == 0 and run_length(self._map, 0, count, 1) == count
 
     def _prepare_writing(self) -> None:
+        fault = self._cut_off() if len(self._map) < self.header.blocks_in_image else self.header.misplaced()
+        if fault:
+            raise self._error(f"{fault}: open it read-only")
         used = [number for number in self._map if number < ZERO]
         top = max(used, default=-1)
         if top >= self.header.blocks_in_image:
@@ -79,6 +84,13 @@ class Vdi(Format):
         if len(set(used)) != len(used):
             raise self._error("the block map names blocks twice: open it read-only")
         self._next = top + 1
+
+    def _cut_off(self) -> str:
+        header = self.header
+        return (
+            f"the block map at {header.offset_bmap:#x} ({header.blocks_in_image} entries) reaches past the end of the "
+            "file"
+        )
 
     def _error(self, reason: str) -> ImageError:
         return ImageError(self.name, reason)
@@ -93,6 +105,8 @@ class Vdi(Format):
         unit, entries = self.cluster_size, self._map
         end = offset + length
         index, stop = offset // unit, -(-end // unit)
+        if stop > len(entries):
+            raise self._error(self._cut_off())
         found: list[Mapping] = []
         while index < stop:
             number = entries[index]

@@ -248,8 +248,9 @@ class Vmdk(Format):
     def reopen(self, *, readonly: bool) -> None:
         if not readonly:
             _check_writable(self.extents, self.name)
-            for node in self._children.values():
-                node.reopen(readonly=False)
+            for extent in self.extents:
+                if extent.file is not None and extent.file is not self.file and not extent.readonly:
+                    extent.file.reopen(readonly=False)
             self.load_for_writing()
         else:
             self.flush()

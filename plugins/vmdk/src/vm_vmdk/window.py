@@ -19,6 +19,9 @@ class Window(Filter):
         super().__init__(file, owned=False)
         self.offset = offset
         self.length = length
+        # An image in it is called by the file's name.
+        self.is_protocol = file.is_protocol
+        self.full_options = file.full_options
 
     @property
     def size(self) -> int:

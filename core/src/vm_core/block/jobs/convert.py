@@ -24,7 +24,7 @@ from ..node import Node
 from ..raw import RawNode
 from . import pipeline
 from .job import Job
-from .source import SECTOR, STEP, Request, Run, Source, read_request, requests
+from .source import SECTOR, STEP, Request, Run, Source, Warn, read_request, requests
 from .zeroes import all_zero, data_runs
 
 #: The run of zeroes that is left out of the target (``-S``) where nothing else is asked for.
@@ -34,7 +34,6 @@ ENCODE_STEP = 512 * 1024
 #: Images smaller than this are not worth a second thread.
 SMALL = 4 * 1024 * 1024
 
-Warn = Callable[[str], None]
 _T = TypeVar("_T")
 
 
@@ -151,7 +150,7 @@ class _Conversion:
         options = self.options
         if not self.zero_init and options.backing < 0 and options.sparse:
             self.zero_init = make_zero(self.target)
-        if self.job.watched:
+        if self.job.watched or options.salvage:  # a damaged image is looked through before anything is written
             self.job.start(sum(run.length for run in self._runs() if run.kind is Kind.DATA))
         if options.compressed:
             assert self.image is not None
@@ -163,7 +162,9 @@ class _Conversion:
             step = STEP
             work = self._copy
         small = self.source.size <= SMALL
-        workers = 1 if small and not options.compressed else pipeline.worker_count(options.workers)
+        # One by one what is lost is told in order.
+        alone = options.salvage or (small and not options.compressed)
+        workers = 1 if alone else pipeline.worker_count(options.workers)
         if self.image is not None and (options.in_order or options.compressed) and workers > 1:
             self.turns = pipeline.Turns()
         planned = requests(
@@ -181,7 +182,12 @@ class _Conversion:
     def _runs(self) -> Iterator[Run]:
         options = self.options
         fresh = options.zero_init is not False
-        return self.source.runs(backing=options.backing, fresh=fresh, trust_zeroes=bool(options.sparse))
+        return self.source.runs(
+            backing=options.backing,
+            fresh=fresh,
+            trust_zeroes=bool(options.sparse),
+            salvage=self.warn if options.salvage else None,
+        )
 
     # Reading
 

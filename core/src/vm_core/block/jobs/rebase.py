@@ -46,6 +46,8 @@ class _Piece(NamedTuple):
     length: int
     old: Segment | None
     new: Segment | None
+    #: There is no former backing image here, or it has ended.
+    ended: bool
 
 
 class _Rebase:
@@ -84,6 +86,8 @@ class _Rebase:
                 if not _same(one, two):
                     # Pieces end at clusters, so that one is written by one piece.
                     stop = min(stop, offset + PIECE - offset % PIECE)
+                    if self.old is not None and offset < self.old.size:
+                        stop = min(stop, max(self.old.size, offset + SECTOR))
                     if self.compressed:
                         stop = self._cluster_end(offset, end)
                     self.job.advance(offset - done)
@@ -94,6 +98,7 @@ class _Rebase:
                         stop - offset,
                         self._segment(self.old, one, offset, stop),
                         self._segment(self.new, two, offset, stop),
+                        self.old is None or offset >= self.old.size,
                     )
                     number += 1
                 offset = stop
@@ -151,7 +156,10 @@ class _Rebase:
         with memoryview(data) as view:
             if not self.compressed:
                 for start, end in runs:
-                    image.write(piece.offset + start, (view[start:end],))
+                    if piece.ended:
+                        image.zero(piece.offset + start, end - start)
+                    else:
+                        image.write(piece.offset + start, (view[start:end],))
                 return
             cluster = image.cluster_size
             for start in range(0, piece.length, cluster):

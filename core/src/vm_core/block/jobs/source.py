@@ -9,7 +9,7 @@ call.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from ..extents import Extent, walk
@@ -23,8 +23,14 @@ from ..vectors import fill
 STEP = 2 * 1024 * 1024
 #: Sizes are whole sectors.
 SECTOR = 512
+#: Bytes that are looked up at once where errors are expected.
+SALVAGE_STEP = 64 * 1024 * 1024
 #: Beyond every image.
 _ENDLESS = 1 << 63
+
+
+#: Told about what was given up.
+Warn = Callable[[str], None]
 
 
 class Segment(NamedTuple):
@@ -83,21 +89,28 @@ class Source:
         #: Bytes of all images, each rounded up to sectors.
         self.size = position
 
-    def runs(self, *, backing: int = -1, fresh: bool = True, trust_zeroes: bool = True) -> Iterator[Run]:
+    def runs(
+        self, *, backing: int = -1, fresh: bool = True, trust_zeroes: bool = True, salvage: Warn | None = None
+    ) -> Iterator[Run]:
         """All runs in order.
 
         *backing*: the target has the same backing images, of that many bytes; what only they hold is UNALLOCATED, and
         what nobody holds behind their end too if the target is *fresh*. -1: it has none. Without *trust_zeroes* known
-        zeroes are DATA.
+        zeroes are DATA. With *salvage* sectors whose place cannot be found are told to it, and are DATA.
         """
         for node, start in zip(self.nodes, self.starts, strict=True):
             base = self._base or (node.backing if backing >= 0 else None)
             straight = is_direct(node)
-            for extent in walk(node, base=base):
-                if backing >= 0 and not extent.allocated and not _past_end(extent):
-                    yield from self._below(start + extent.offset, extent.length, _ENDLESS if fresh else backing)
-                else:
+            found = walk(node, base=base) if salvage is None else _walk_damaged(node, base, start, salvage)
+            for extent in found:
+                if backing < 0 or extent.allocated:
                     yield _run(node, start, extent, straight, trust_zeroes)
+                    continue
+                held, ended = _held(extent)
+                if held:
+                    yield from self._below(start + extent.offset, held, _ENDLESS if fresh else backing)
+                if ended:
+                    yield Run(Kind.ZERO, start + extent.offset + held, ended)
             size = node.size
             rest = sectors_up(size) - size
             if rest:
@@ -120,9 +133,33 @@ class Source:
             yield Run(Kind.ZERO, offset + inside, length - inside)
 
 
-def _past_end(extent: Extent) -> bool:
-    """Whether these zeroes come from a backing image that has ended: images below it do not show through."""
-    return extent.depth > 0 and extent.offset >= extent.owner.size
+def _held(extent: Extent) -> tuple[int, int]:
+    """Bytes of a run that was not found above the base: those the base answers for, and those it does not.
+
+    Where a backing image between has ended there are zeroes: images below it do not show through.
+    """
+    if not extent.depth:
+        return extent.length, 0
+    held = max(0, min(extent.length, extent.owner.size - extent.offset))
+    return held, extent.length - held
+
+
+def _walk_damaged(node: Node, base: Node | None, start: int, warn: Warn) -> Iterator[Extent]:
+    """A walk that gets over errors: ever smaller parts are tried, down to the sector that cannot be looked up."""
+    offset, size, length = 0, node.size, SALVAGE_STEP
+    while offset < size:
+        length = min(length, size - offset)
+        try:
+            found = list(walk(node, offset, length, base=base))
+        except OSError as error:
+            if length > SECTOR:
+                length = max(SECTOR, length // 2 // SECTOR * SECTOR)
+                continue
+            warn(f"error while reading block status at offset {start + offset}: {error.strerror or error}")
+            found = [Extent(Kind.DATA, offset, length, node, offset, 0, node)]
+        yield from found
+        offset += length
+        length = min(length * 2, SALVAGE_STEP)
 
 
 def _run(node: Node, start: int, extent: Extent, straight: bool, trust_zeroes: bool) -> Run:

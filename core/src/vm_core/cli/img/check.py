@@ -113,9 +113,12 @@ def _collect(tool: Tool, node: Node, repair: str) -> dict[str, Any]:
             raise Exit(UNSUPPORTED) from None
         raise
     except OSError as error:
-        for note in getattr(error, "__notes__", ()):
-            sys.stderr.write(f"{note}\n")
-        raise Failure(f"Check failed: {reason(error)}", FAILED) from error
+        import os
+
+        # The errno's words alone; what the driver knows besides goes into the advice.
+        if reason(error) != os.strerror(error.errno or 0):
+            tool.hint(reason(error))
+        raise Failure(f"Check failed: {os.strerror(error.errno or 0)}", FAILED) from error
     for line in result.pop("messages", ()):
         sys.stderr.write(f"{line}\n")
     result.setdefault("check-errors", 0)

@@ -224,7 +224,9 @@ class Tool:
             raise Failure("--image-opts and --format are mutually exclusive")
         shown = name
         try:
-            spec: str | dict[str, Any] = self._image_opts(name) if image_opts else name
+            spec: str | dict[str, Any] = name if name.startswith("json:") else {"filename": name}
+            if image_opts:
+                spec = self._image_opts(name)
             if options:
                 spec = {"filename": name, **options}
             if isinstance(spec, dict) and share:

@@ -115,6 +115,7 @@ def _parse(args: list[str], tool: Tool) -> _Arguments | None:
                 given.create_options.append(check_list(value))
             case "l":
                 given.snapshot = value
+                snapshot_names(tool, value)
             case "S":
                 given.sparse = tool.size(value, "buffer size for sparse output")
                 if given.sparse % 512 or given.sparse > MAX_SPARSE:
@@ -197,22 +198,25 @@ def _load_snapshot(tool: Tool, sources: list[Node], text: str) -> None:
     load_snapshot(tool, sources, text)
 
 
+def snapshot_names(tool: Tool, text: str) -> list[dict[str, str]]:
+    """What ``-l`` may mean, the likeliest first: an id, a name, or both as options. Raises Failure."""
+    if not text.startswith("snapshot."):
+        return [{"id": text}, {"name": text}]
+    from ...options import split
+
+    found = split(text)
+    for key in found:
+        if key not in ("snapshot.id", "snapshot.name"):
+            tool.error(f"Invalid parameter '{key}'")
+            raise Failure(f"Failed in parsing snapshot param '{text}'")
+    return [{key.partition(".")[2]: value for key, value in found.items()}]
+
+
 def load_snapshot(tool: Tool, sources: list[Node], text: str) -> None:
     """``-l``: have the only one of *sources* show an internal snapshot. Raises Failure."""
     from ...block.formatnode import FormatNode
 
-    how: list[dict[str, str]]
-    if text.startswith("snapshot."):
-        from ...options import split
-
-        found = split(text)
-        for key in found:
-            if key not in ("snapshot.id", "snapshot.name"):
-                tool.error(f"Invalid parameter '{key}'")
-                raise Failure(f"Failed in parsing snapshot param '{text}'")
-        how = [{key.partition(".")[2]: value for key, value in found.items()}]
-    else:
-        how = [{"id": text}, {"name": text}]
+    how = snapshot_names(tool, text)
     if len(sources) > 1:
         raise Failure("No support for concatenating multiple snapshot")
     node = sources[0]

@@ -19,8 +19,8 @@ _WIDTH = 22
 _SHAPES = {"size": "size", "bool": "bool (on/off)", "int": "num"}
 
 
-def find_format(tool: Tool, name: str) -> Any:
-    """The descriptor of the format *name*. Ends the run with the peer's sentence where there is none."""
+def find_format(tool: Tool, name: str, wanted: str = "image creation") -> Any:
+    """The descriptor of the format *name*, *wanted* for something. Ends the run in the peer's words if there is none."""
     from ...plugins import find
 
     try:
@@ -29,6 +29,10 @@ def find_format(tool: Tool, name: str) -> Any:
         try:
             return find("protocol", name)
         except PluginError:
+            from ...known_drivers import READ_ONLY_FORMATS
+
+            if name in READ_ONLY_FORMATS:
+                raise Failure(f"Format driver '{name}' does not support {wanted}") from None
             tool.error(f"Unknown file format '{name}'")
             tool.hint(str(error))
             raise Exit(1) from None
@@ -112,7 +116,7 @@ def show_options(tool: Tool, format: str, target: str | None) -> None:
 
 def show_amend_options(tool: Tool, format: str) -> None:
     """``amend -o help``. Ends the run."""
-    driver = find_format(tool, format)
+    driver = find_format(tool, format, "option amendment")
     options = getattr(driver, "amend_options", ())
     if not options:
         raise Failure(f"Format driver '{format}' does not support option amendment")

@@ -113,7 +113,10 @@ def image_info(node: Node) -> dict[str, Any]:
         snapshots = list(format.snapshots())
         if snapshots:
             info["snapshots"] = snapshots
-    specific = node.info()
+    try:
+        specific = node.info()
+    except OSError:  # storage that knows nothing of itself
+        specific = {}
     if specific:
         info["format-specific"] = {"type": node.driver, "data": specific}
     return info

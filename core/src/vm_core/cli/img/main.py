@@ -75,6 +75,8 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     except (VmError, OSError) as error:
         if os.environ.get("VM_DEBUG"):
             raise
+        for note in _notes(error):
+            tool.error(note)
         tool.error(_sentence(error))
         if not tool.peer:
             from .common import advice
@@ -84,6 +86,16 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("\n")
         return _end(INTERRUPTED)
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What a driver added to an error that is to be told before it."""
+    found: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        found = [*getattr(cause, "__notes__", ()), *found]
+        cause = cause.__cause__
+    return found
 
 
 def _end(code: int) -> int:

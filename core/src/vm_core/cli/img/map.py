@@ -183,6 +183,13 @@ def _stored(storage: Node, owner: Node, offset: int, length: int, host: int, dep
             storage, host = inner.storage, inner.host
         if storage.opaque:
             host = -1
+        if owner.sparse and host >= 0:
+            # Set aside, and a hole where nobody has written.
+            for run in storage.map(host, length):
+                start = offset + run.offset - host
+                zero = run.kind is not Kind.DATA
+                yield Entry(start, run.length, depth, True, zero, True, run.offset, storage.filename)
+            return
         yield Entry(offset, length, depth, True, False, True, host, storage.filename if host >= 0 else "")
         return
     delta = offset - host

@@ -25,6 +25,9 @@ def run(args: list[str], tool: Tool) -> int:
     """``measure [-O FMT] [-o OPTIONS] (--size N | [-f FMT] [-l SNAPSHOT] FILE)``."""
     format, target, image_opts, share, json, snapshot, size = None, "raw", False, False, False, "", -1
     texts: list[str] = []
+    from .convert import snapshot_names
+    from .createopts import check_list
+
     options = tool.options(args, "hf:l:o:O:U", LONG)
     for key, value in options:
         match key:
@@ -32,8 +35,9 @@ def run(args: list[str], tool: Tool) -> int:
                 format = value
             case "l":
                 snapshot = value
+                snapshot_names(tool, value)
             case "o":
-                texts.append(value)
+                texts.append(check_list(value))
             case "O":
                 target = value
             case "U":
@@ -77,7 +81,7 @@ def run(args: list[str], tool: Tool) -> int:
 
 def _measure(tool: Tool, format: str, texts: list[str], size: int, source: Node | None) -> dict[str, int]:
     from ...block.jobs.measure import measure
-    from .createopts import check_list, find_format
+    from .createopts import find_format
 
     driver = find_format(tool, format)
     if "measure" not in driver.capabilities:
@@ -86,7 +90,7 @@ def _measure(tool: Tool, format: str, texts: list[str], size: int, source: Node 
 
     given: dict[str, Any] = {}
     for text in texts:
-        given.update(split(check_list(text)))
+        given.update(split(text))
     from ...block.create import create_options
     from ...plugins import find
 

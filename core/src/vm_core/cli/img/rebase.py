@@ -67,7 +67,6 @@ def run(args: list[str], tool: Tool) -> int:
                     format=format,
                     write=True,
                     cache=mode,
-                    share=share,
                     backing=not unsafe,
                 )
             )
@@ -75,7 +74,7 @@ def run(args: list[str], tool: Tool) -> int:
             if not unsafe:
                 new = None
                 if backing:
-                    new = stack.enter_context(_open_new(tool, node, backing, backing_format, source_mode))
+                    new = stack.enter_context(_open_new(tool, node, backing, backing_format, source_mode, share))
                 _move(node, new, compressed, progress if show or tool.progress_mode == "json" else None)
             _change(node, backing or None, backing_format)
     finally:
@@ -99,8 +98,11 @@ def _check_format(name: str | None) -> None:
         raise Failure(f"Invalid format name: '{name}'") from None
 
 
-def _open_new(tool: Tool, node: Node, name: str, format: str | None, cache: CacheMode) -> Node:
-    """The new backing image; its name is relative to the image, as it will be found later."""
+def _open_new(tool: Tool, node: Node, name: str, format: str | None, cache: CacheMode, share: bool) -> Node:
+    """The new backing image; its name is relative to the image, as it will be found later.
+
+    *share* is ``-U``, which has no use for the image itself: that is written.
+    """
     from ...block.gate import SCHEME
     from ...block.open import open_node
 
@@ -108,7 +110,7 @@ def _open_new(tool: Tool, node: Node, name: str, format: str | None, cache: Cach
     if not name.startswith("json:") and not SCHEME.match(name):
         path = os.path.join(os.path.dirname(node.filename), name)
     try:
-        return open_node(path, format=format, cache=cache, gate=tool.gate(), warn=tool._open_warning)
+        return open_node(path, format=format, cache=cache, share=share, gate=tool.gate(), warn=tool._open_warning)
     except (VmError, OSError) as error:
         raise Failure(f"Could not open new backing file '{name}': {reason(error)}") from error
 

@@ -168,15 +168,17 @@ def _switch(key: str, value: str) -> bool:
 def _driver_options(node: Node) -> Sequence[Any]:
     """The options that the node's driver can change while it is open."""
     from ...block.formatnode import FormatNode
+    from ...block.raw import RawNode
     from ...plugins import find
 
-    return find("format", node.driver).options if isinstance(node, FormatNode) else ()
+    return find("format", node.driver).options if isinstance(node, FormatNode | RawNode) else ()
 
 
 def _apply(change: Change) -> None:
     from ...block.file import FileProtocol
     from ...block.formatnode import FormatNode
     from ...block.imagenode import ImageNode
+    from ...block.raw import RawNode
 
     node = change.node
     if change.direct is not None or change.no_flush is not None:
@@ -194,7 +196,7 @@ def _apply(change: Change) -> None:
         if change.detect is not None:
             node.detect_zeroes = change.detect
     if change.driver:
-        assert isinstance(node, FormatNode)
+        assert isinstance(node, FormatNode | RawNode)
         node.reconfigure(change.driver)
 
 

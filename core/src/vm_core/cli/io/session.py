@@ -144,9 +144,20 @@ class Session:
             try:
                 node.close()
             except (VmError, OSError) as error:
-                # The peer tells what of an image's metadata it could not write, and nothing else.
-                if not self.tool.peer or isinstance(error, VmError):
-                    self.tool.error(reason(error) if self.tool.peer else f"{node.filename}: {reason(error)}")
+                self._tell_unsaved(node, error)
+
+    def _tell_unsaved(self, node: Node, error: BaseException) -> None:
+        """*node* could not be closed as it should. The peer tells of metadata that it could not write, and no more."""
+        from ...block.formatnode import FormatNode
+
+        image: Node | None = node
+        while image is not None and not isinstance(image, FormatNode):
+            children = image.children()
+            image = children.get("file") or children.get("image")
+        for what in () if image is None else image.format.unsaved():
+            self.tool.error(f"Failed to flush the {what}: {reason(error)}")
+        if not self.tool.peer or isinstance(error, VmError):
+            self.tool.error(reason(error) if self.tool.peer else f"{node.filename}: {reason(error)}")
 
     def end(self) -> None:
         """The program ends."""

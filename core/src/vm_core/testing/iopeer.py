@@ -1,4 +1,11 @@
-"""Running vm-io and the peer side by side on equal images."""
+"""Running vm-io and the peer, qemu-io, side by side on equal images: what drivers are compared with.
+
+    from vm_core.testing.iopeer import assert_same, needs_peer
+
+    @needs_peer
+    def test_read(tmp_path):
+        assert_same(tmp_path, ["create -q -f raw a.img 1M"], ["-f", "raw", "-c", "read 0 4k", "a.img"])
+"""
 
 from __future__ import annotations
 
@@ -7,7 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,7 +66,7 @@ def run(program: Sequence[str], words: Sequence[str], directory: Path, *, typed:
 
 
 def ours(directory: Path) -> list[str]:
-    """A command line that runs vm-io under the peer's name."""
+    """A command line that runs vm-io under the peer's name, by a script put into *directory*."""
     link = directory / "qemu-io"
     if not link.exists():
         link.write_text(f"#!{sys.executable}\nimport sys\nfrom vm_core.cli.io.main import main\nsys.exit(main())\n")
@@ -71,3 +78,41 @@ def make(directory: Path, *commands: str) -> None:
     """Make images with the peer: each command is the words after ``qemu-img``."""
     for command in commands:
         subprocess.run([str(PEER_IMG), *command.split()], cwd=directory, check=True, capture_output=True, timeout=60)
+
+
+def both(
+    directory: Path,
+    images: Sequence[str],
+    words: Sequence[str],
+    *,
+    typed: str | None = None,
+    files: Mapping[str, str | bytes] | None = None,
+) -> tuple[Outcome, Outcome]:
+    """What the peer and vm-io do with *words* (and what is *typed*), each beside its own *images* and text *files*."""
+    found = []
+    for which in ("peer", "ours"):
+        place = directory / which
+        place.mkdir()
+        make(place, *images)
+        for name, data in (files or {}).items():
+            (place / name).write_bytes(data.encode() if isinstance(data, str) else data)
+        found.append(run([str(PEER)] if which == "peer" else ours(directory), words, place, typed=typed))
+    peer, mine = found
+    return peer, mine._replace(err=mine.err.replace(f"{directory}/qemu-io:", f"{PEER}:"))
+
+
+def assert_same(
+    directory: Path,
+    images: Sequence[str],
+    words: Sequence[str],
+    *,
+    typed: str | None = None,
+    files: Mapping[str, str | bytes] | None = None,
+    ordered: bool = True,
+) -> None:
+    """Both print the same, end the same way and leave the same files. Not *ordered*: the lines may come in any order."""
+    peer, mine = both(directory, images, words, typed=typed, files=files)
+    if not ordered:
+        peer, mine = (each._replace(out="\n".join(sorted(each.out.split("\n")))) for each in (peer, mine))
+    assert (mine.out, mine.err, mine.status) == (peer.out, peer.err, peer.status)
+    assert mine.files == peer.files
