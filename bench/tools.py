@@ -73,6 +73,10 @@ def _zstd(images: Images) -> Path:
     return images.converted("zstd.qcow2", "qcow2", "-c", "-W", "-m", "16", "-o", "compression_type=zstd")
 
 
+def _stream(images: Images) -> Path:
+    return images.converted("stream.vmdk", "vmdk", "-o", "subformat=streamOptimized")
+
+
 def _luks(images: Images) -> Path:
     secret = f"secret,id=s,data={PASSPHRASE}"
     return images.converted("base.luks", "luks", "--object", secret, "-o", "key-secret=s,iter-time=10")
@@ -169,6 +173,8 @@ BENCHES: dict[str, Bench] = {
     "vpc-raw": _convert("vhd to raw", 0.5, _other("vpc"), "raw"),
     "vhdx-raw": _convert("vhdx to raw", 0.5, _other("vhdx"), "raw"),
     "raw-vmdk": _convert("raw to vmdk", 0.8, _raw, "vmdk"),
+    "stream-raw": _convert("streamOptimized vmdk to raw", 0.4, _stream, "raw"),
+    "raw-stream": _convert("raw to streamOptimized vmdk", 0.25, _raw, "vmdk", "-o", "subformat=streamOptimized"),
     "raw-vdi": _convert("raw to vdi", 0.8, _raw, "vdi"),
     "raw-vpc": _convert("raw to vhd", 0.8, _raw, "vpc"),
     "raw-vhdx": _convert("raw to vhdx", 0.8, _raw, "vhdx"),

@@ -50,7 +50,7 @@ class Both:
     def start(self) -> None:
         """Copy what was made, so that both begin with the same."""
         shutil.rmtree(self.ours, ignore_errors=True)
-        subprocess.run(["cp", "-a", "--sparse=always", self.peer, self.ours], check=True)
+        subprocess.run(["cp", "-a", "--sparse=auto", self.peer, self.ours], check=True)
 
     def run(self, *arguments: str, timeout: int = 120) -> tuple[Outcome, Outcome]:
         """The command in both folders."""

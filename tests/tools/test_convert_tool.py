@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from both import LONG, Both
 
 
@@ -64,8 +63,13 @@ CASES = [
     "-p -q -O raw top.qcow2 out",
 ]
 #: Those whose layout depends on more than the order of guest offsets.
-LOOSE = ["-O qcow2 -W -m 4 top.qcow2 out", "-O qcow2 -c top.qcow2 out", "-O qcow2 -c -o compression_type=zstd old.qcow2 out",
-         "-O qcow2 -c -o cluster_size=4k flat.raw out", "-r 100M -O qcow2 top.qcow2 out"]  # fmt: skip
+LOOSE = [
+    "-O qcow2 -W -m 4 top.qcow2 out",
+    "-O qcow2 -c top.qcow2 out",
+    "-O qcow2 -c -o compression_type=zstd old.qcow2 out",
+    "-O qcow2 -c -o cluster_size=4k flat.raw out",
+    "-r 100M -O qcow2 top.qcow2 out",
+]
 
 
 @pytest.mark.parametrize("case", CASES)

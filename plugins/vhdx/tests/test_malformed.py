@@ -157,7 +157,7 @@ def test_check_tells_what_the_peer_tells(tmp_path: Path, qemu: Qemu, patches: li
         found = Vhdx.open(file, {}, context).check()
     assert found.get("corruptions", 0) == theirs.get("corruptions", 0)
     lines = [line.removeprefix("qemu-img: ") for line in theirs["text"].splitlines() if "VHDX" in line]
-    assert found["messages"] == lines
+    assert found["reports"] == lines
 
 
 def test_blocks_on_one_another_are_only_read(tmp_path: Path) -> None:

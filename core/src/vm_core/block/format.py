@@ -58,8 +58,6 @@ class Format(ABC):
     #: Bytes in which SPECIAL runs are turned into data: a partial read asks for whole units (and keeps the last ones).
     #: None: clusters.
     special_unit: int | None = None
-    #: Every run is DATA of one storage at a constant distance (a fixed image): where the storage has holes, walks say so.
-    transparent: bool = False
     #: Whether the driver wants to hear of every change of guest data: see :meth:`written`.
     tracking: bool = False
     #: Guest data can be written only compressed: whole clusters, each once.
@@ -272,6 +270,13 @@ class Format(ABC):
         The core zeroes the rest of the former last cluster, and what a longer backing image would show.
         """
         raise UsageError("this format cannot change an image's size")
+
+    def truncate_preallocated(self, size: int, mode: str, *, hide: bool) -> bool:
+        """Grow, and set host space aside for what is gained: *mode* ``metadata``, ``falloc`` or ``full``.
+
+        *hide*: a backing image would show through. Returns whether whole clusters that were gained read as zeroes then.
+        """
+        raise UsageError(f"Unsupported preallocation mode '{mode}'")
 
     def reopen(self, *, readonly: bool) -> None:
         """Change between read-only and read-write; the storage is writable when this is called, either way.

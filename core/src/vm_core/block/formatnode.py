@@ -122,7 +122,6 @@ class FormatNode(ImageNode):
         self.readonly = format.readonly
         self.cluster_size = format.cluster_size
         self.request_alignment = format.file.request_alignment
-        self.transparent = format.transparent
         self.watched = format.file.watched
         #: Told what is done next, where somebody looks at that.
         self._watch = format.file.event if self.watched else None
@@ -883,6 +882,19 @@ class FormatNode(ImageNode):
                 blank = self._reads_zero(former, gained)
             if not blank:
                 self._zero_range(former, gained - former, False)
+
+    def truncate_preallocated(self, size: int, mode: str) -> None:
+        """Grow, and set host space aside for what is gained. Raises UsageError where the format does not do that."""
+        if self.readonly:
+            raise self.read_only_error()
+        unit, below = self.cluster_size, self._backing.size if self._backing is not None else 0
+        with self._exclusive(0, EVERYTHING), self._mutex:
+            former = self.format.size
+            hidden = self.format.truncate_preallocated(size, mode, hide=below > former)
+        whole = -(-former // unit) * unit
+        gained = min(size, whole if hidden else max(whole, below))
+        if former < gained:
+            self._zero_range(former, gained - former, False)
 
     @_as_block_errors
     def map(self, offset: int, length: int) -> Iterator[Mapping]:

@@ -902,7 +902,11 @@ def _probe(file: Node) -> str:
     from ..plugins import find
     from .probe import probe
 
-    name = probe(file)
+    try:
+        name = probe(file)
+    except OSError as error:
+        told = error.strerror or str(error)
+        raise ImageError("", f"Could not read image for determining its format: {told}") from error
     try:
         find("format", name)
     except PluginError as error:

@@ -18,11 +18,7 @@ def grow_allocated(node: Node, size: int, mode: str) -> None:
     from .formatnode import FormatNode
 
     if isinstance(node, FormatNode):
-        grow = getattr(node.format, "truncate_preallocated", None)
-        if grow is None:
-            raise UsageError(f"Unsupported preallocation mode '{mode}'")
-        with node.quiesce():
-            grow(size, mode)
+        node.truncate_preallocated(size, mode)
         return
     if mode == "metadata":
         raise UsageError(f"Unsupported preallocation mode: {mode}")

@@ -87,7 +87,11 @@ def peer(line: str, where: Path) -> None:
         words = [QEMU_IO, *words[1:]]
     else:
         words = [QEMU_IMG, *words]
-    subprocess.run(words, cwd=where, check=True, capture_output=True, timeout=60)
+    for _ in range(10):
+        done = subprocess.run(words, cwd=where, capture_output=True, timeout=60, text=True)
+        if "Unable to get accurate CPU usage" not in done.stderr:  # LUKS on a busy machine: not for us to judge
+            break
+    assert done.returncode == 0, (line, done.stderr)
 
 
 def contents(where: Path) -> dict[str, bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from vm_core.testing.iopeer import PEER, assert_same, needs_peer
 
 pytestmark = needs_peer

@@ -107,8 +107,10 @@ class NullCo(Protocol):
     def map(self, offset: int, length: int) -> Iterator[Mapping]:
         inside = max(0, min(length, self._size - offset))
         if inside:
-            kind = Kind.ZERO if self._zeroes else Kind.DATA
-            yield Mapping(kind, offset, inside, self, offset, not self.readonly)
+            if self._zeroes:
+                yield Mapping(Kind.ZERO, offset, inside, self, offset)
+            else:  # nobody ever wrote it
+                yield Mapping(Kind.UNALLOCATED, offset, inside)
         if inside < length:
             yield Mapping(Kind.EOF, offset + inside, length - inside)
 

@@ -13,6 +13,7 @@ to them, and only then the old ones are given back. An interrupted step loses sp
 from __future__ import annotations
 
 import errno
+import os
 from array import array
 from typing import TYPE_CHECKING, Any
 
@@ -249,7 +250,9 @@ def _l1_tables(image: Qcow2) -> Iterator[array[int]]:
     for one in image.snapshot_table.entries:
         problem = one.l1_problem(image.cluster_size)
         if problem is not None:
-            raise problem
+            error = BlockError.of(problem.code, f"Failed to turn zero into data clusters: {os.strerror(problem.code)}")
+            error.add_note(str(problem.strerror))
+            raise error
         yield image.store.read_words(one.head.l1_table_offset, one.head.l1_size, f"L1 table of snapshot '{one.name}'")
 
 

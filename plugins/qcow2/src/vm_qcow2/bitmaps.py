@@ -223,7 +223,7 @@ class Bitmap:
 
 def set_runs(bits: bytes | bytearray) -> Iterator[tuple[int, int]]:
     """Runs (first, after) of set bits."""
-    begin = -1
+    begin = end = -1
     for match in _SET.finditer(bits):
         if begin >= 0 and match.start() * 8 > end:
             yield begin, end

@@ -58,7 +58,7 @@ class Run(NamedTuple):
         return self.state in _PLACED
 
 
-_INVALID = "Invalid cluster entry found "
+_INVALID = "Invalid cluster entry found"
 _PLACED = (State.DATA, State.ZERO_ALLOCATED, State.UNALLOCATED_ALLOCATED)
 
 

@@ -581,10 +581,11 @@ class Qcow2(Format):
 
         resize(self, size)
 
-    def truncate_preallocated(self, size: int, mode: str) -> None:
+    def truncate_preallocated(self, size: int, mode: str, *, hide: bool) -> bool:
         from .resize import resize
 
-        resize(self, size, preallocation=mode)
+        resize(self, size, preallocation=mode, hide=hide)
+        return mode != "metadata"
 
     def reopen(self, *, readonly: bool) -> None:
         if readonly == self.readonly:

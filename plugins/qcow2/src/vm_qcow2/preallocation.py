@@ -22,12 +22,18 @@ if TYPE_CHECKING:
 STEP = 1 << 30
 
 
-def preallocate(image: Qcow2, start: int, end: int, mode: str) -> None:
-    """Give every guest cluster from *start* to *end* that has none a place of its own."""
+def preallocate(image: Qcow2, start: int, end: int, mode: str, *, used: bool = False) -> None:
+    """Give every guest cluster from *start* to *end* that has none a place of its own.
+
+    *used*: with space set aside that reads as zeroes, subclusters are in use, to hide a backing image.
+    """
     if start >= end:
         return
     if mode in ("falloc", "full") and not image.geometry.external:
-        _in_one_piece(image, start, end, mode)
+        # What the image ended with may hold data.
+        start = min(-(-start >> image.geometry.cluster_bits) << image.geometry.cluster_bits, end)
+        if start < end:
+            _in_one_piece(image, start, end, mode, used)
     else:
         _metadata(image, start, end)
         if image.geometry.external and mode in ("falloc", "full"):
@@ -51,7 +57,7 @@ def _metadata(image: Qcow2, start: int, end: int) -> None:
         offset += length
 
 
-def _in_one_piece(image: Qcow2, start: int, end: int, mode: str) -> None:
+def _in_one_piece(image: Qcow2, start: int, end: int, mode: str, used: bool) -> None:
     geometry, allocator = image.geometry, image.allocator
     bits = geometry.cluster_bits
     first = start >> bits
@@ -66,7 +72,11 @@ def _in_one_piece(image: Qcow2, start: int, end: int, mode: str) -> None:
         index = first & geometry.l2_entries - 1
         step = min(count, geometry.l2_entries - index)
         image.order.relieve()
-        _enter(image, [Allocation(first << bits, step << bits, image.data, host << bits, True)])
+        one = Allocation(first << bits, step << bits, image.data, host << bits, True)
+        if used:
+            image.commit([one])
+        else:
+            _enter(image, [one])
         first, host, count = first + step, host + step, count - step
 
 

@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from .image import Qcow2
 
 
-def resize(image: Qcow2, size: int, *, preallocation: str = "off") -> None:
-    """Make *image* *size* bytes long; *preallocation* of what it gains. Raises UsageError where the format cannot."""
+def resize(image: Qcow2, size: int, *, preallocation: str = "off", hide: bool = False) -> None:
+    """Make *image* *size* bytes long; *preallocation* of what it gains. Raises UsageError where the format cannot.
+
+    *hide*: a backing image would show through what is gained.
+    """
     store = image.store
     header = store.header
     store.check_writable()
@@ -41,10 +44,10 @@ def resize(image: Qcow2, size: int, *, preallocation: str = "off") -> None:
         if size < header.size:
             _shrink(image, size)
         else:
-            _grow(image, size, preallocation)
+            _grow(image, size, preallocation, hide)
 
 
-def _grow(image: Qcow2, size: int, preallocation: str) -> None:
+def _grow(image: Qcow2, size: int, preallocation: str, hide: bool) -> None:
     store = image.store
     header = store.header
     former = header.size
@@ -65,7 +68,7 @@ def _grow(image: Qcow2, size: int, preallocation: str) -> None:
         # The size follows: what is interrupted half way is dropped when the image grows the next time.
         header.size = size
         try:
-            preallocate(image, former, size, preallocation)
+            preallocate(image, former, size, preallocation, used=hide)
             image.order.write_back()
         except BaseException:
             header.size = former

@@ -135,7 +135,7 @@ def apply(image: Qcow2, name: str) -> None:
     problem = snapshot.l1_problem(image.cluster_size)
     if problem is not None:
         error = _load_error(image, BlockError.of(problem.code))
-        error.add_note(problem.strerror)
+        error.add_note(str(problem.strerror))
         raise error
     try:
         _apply(image, snapshot)
@@ -179,7 +179,7 @@ def load(image: Qcow2, id: str | None, name: str | None) -> None:
         raise ImageError(image.store.name, "Can't find snapshot")
     problem = snapshot.l1_problem(image.cluster_size)
     if problem is not None:
-        raise ImageError(image.store.name, problem.strerror)
+        raise ImageError(image.store.name, str(problem.strerror))
     l1 = _read_l1(image, snapshot)
     missing = image.geometry.l1_entries_for(image.size) - len(l1)
     image.tables.replace(l1 + array("Q", bytes(8 * max(0, missing))))

@@ -23,7 +23,7 @@ from vm_core.block.mapping import Allocation
 from vm_core.errors import BlockError
 
 from . import geometry
-from .entries import ALL_ALLOCATED, ALL_ZERO, Run, State, all_runs, bitmap_range, make_run, run_length
+from .entries import ALL_ALLOCATED, ALL_ZERO, Run, State, all_runs, bitmap_range, damage, make_run, run_length
 from .geometry import COMPRESSED, COPIED, OFFSET_MASK
 from .store import alternate
 from .tables import L2Table
@@ -77,7 +77,9 @@ class Writer:
                 for run in self._runs(table, cluster - base, last):
                     first = base + run.at
                     if run.state is State.BAD and run.entry & COPIED:
-                        raise self._damaged(run.entry, first << bits)
+                        raise self._damaged(table, run.at, first << bits)
+                    if table.bitmaps is not None and not (run.copied and run.placed):
+                        self._check_bitmaps(table, run, first)
                     if run.copied and run.placed:
                         if missing:
                             self._take(found, table, first - missing, missing, offset, end)
@@ -110,7 +112,7 @@ class Writer:
             start = base * per_cluster + part.at << unit_bits
             stop = start + (part.clusters << unit_bits)
             if part.state is State.BAD:
-                raise self._damaged(part.entry, start)
+                raise self._damaged(table, part.at // per_cluster, start)
             if part.state is State.DATA:
                 begin = max(start, offset)
                 data = self.image.storage(start, part.host)
@@ -156,8 +158,24 @@ class Writer:
         host += low - start
         return Allocation(low, high - low, self.image.storage(low, host), host, True, zeroed)
 
-    def _damaged(self, entry: int, guest: int) -> OSError:
+    def _check_bitmaps(self, table: L2Table, run: Run, first: int) -> None:
+        """Raise EIO where the allocation bitmaps of clusters that get a new place mean nothing."""
+        assert table.bitmaps is not None
+        if run.state is State.COMPRESSED:
+            return
+        for position, bitmap in enumerate(table.bitmaps[run.at : run.at + run.clusters]):
+            if bitmap & bitmap >> 32 or (bitmap & ALL_ALLOCATED and not run.placed):
+                raise self._damaged(table, run.at + position, first + position << self._cluster_bits)
+
+    def _damaged(self, table: L2Table, index: int, guest: int) -> OSError:
         """A write would go to a place that means nothing."""
+        entry = table.entries[index]
+        if not entry & OFFSET_MASK & self.geometry.cluster_size - 1:
+            bitmap = table.bitmaps[index] if table.bitmaps is not None else 0
+            return self.store.mark_corrupt(
+                f"{damage(entry, bitmap, self.geometry)} "
+                f"(L2 offset: {alternate(table.offset)}, L2 index: {alternate(index)})"
+            )
         what = "Preallocated zero" if entry & geometry.ZERO and not self.geometry.extended else "Data"
         return self.store.mark_corrupt(
             f"{what} cluster offset {alternate(entry & OFFSET_MASK)} unaligned (guest offset: {alternate(guest)})"

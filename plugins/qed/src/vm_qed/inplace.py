@@ -149,7 +149,7 @@ class QedTarget(Target):
     # After the switch
 
     def settle(self, file: Node, unused: Sequence[tuple[int, int]]) -> int:
-        header, size = self.header, self.header.cluster_size
+        size = self.header.cluster_size
         missing = sum(count for _, count in unused)
         waiting = [host for first, count in unused for host in range(first * size, (first + count) * size, size)]
         # The first guest cluster past the end of the image.

@@ -19,7 +19,7 @@ from vm_core.block.format import BackingReference, Format
 from vm_core.block.mapping import Allocation, Kind, Mapping
 from vm_core.block.node import Node
 from vm_core.block.tables import dump, load, run_length, runs
-from vm_core.errors import ImageError
+from vm_core.errors import ImageError, UsageError
 
 from .header import SECTOR, STATIC, ZERO, Header, read_header
 
@@ -65,13 +65,9 @@ class Vdi(Format):
             from .parents import find_parent
 
             self.backing_reference = BackingReference(find_parent(header, name, context), "vdi")
-        # Its blocks lie in the file as the guest sees them: what the file knows about holes is true of the image.
-        self.transparent = header.image_type == STATIC and self._is_identity()
+        # All blocks are there from the start, most of them as holes.
+        self.sparse = header.image_type == STATIC
         return self
-
-    def _is_identity(self) -> bool:
-        count = -(-self.header.disk_size // self.cluster_size)
-        return 0 < count <= len(self._map) and self._map[0] == 0 and run_length(self._map, 0, count, 1) == count
 
     def _prepare_writing(self) -> None:
         fault = self._cut_off() if len(self._map) < self.header.blocks_in_image else self.header.misplaced()
@@ -257,6 +253,8 @@ class Vdi(Format):
     def check(self, *, repair: str = "") -> dict[str, Any]:
         from .check import check
 
+        if repair:
+            raise UsageError("VDI images cannot be checked and repaired: checking alone tells what is wrong")
         return check(self.header, self._map)
 
     @classmethod

@@ -18,13 +18,14 @@ _MOST = 1000
 
 def check(image: Vhdx) -> dict[str, Any]:
     """The result in the shape of ImageCheck, the messages in QEMU's words where it has any."""
+    reports: list[str] = []
     messages: list[str] = []
     errors = 0
     table = image.table
     for text in table.faults(image.regions, image.file.size):
         errors += 1
-        if len(messages) < _MOST:
-            messages.append(text)
+        if len(reports) < _MOST:
+            reports.append(text)
     for run in table.runs(0, table.blocks):
         if run.state not in STATES:
             errors += run.length
@@ -34,7 +35,7 @@ def check(image: Vhdx) -> dict[str, Any]:
         errors += 1
         if len(messages) < _MOST:
             messages.append(f"ERROR: block {block} at {host:#x} lies on block {other}")
-    found: dict[str, Any] = {"check-errors": 0, "messages": messages}
+    found: dict[str, Any] = {"check-errors": 0, "reports": reports, "messages": messages}
     if errors:
         found["corruptions"] = errors
     if image.replayed:

@@ -15,7 +15,7 @@ from .image import Vpc
 class FixedVpc(Vpc):
     """One open fixed image."""
 
-    transparent = True
+    sparse = True
 
     def __init__(self, file: Node, name: str, footer: Footer, sectors: int, end: int, *, readonly: bool) -> None:
         """*end* is where the footer begins. Raises ImageError where the disk does not fit before it."""

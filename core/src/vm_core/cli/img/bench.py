@@ -64,7 +64,7 @@ def run(args: list[str], tool: Tool) -> int:
         tool.usage("Expecting one image file name")
     if not write and flush_interval:
         raise Failure("--flush-interval is only available in write tests")
-    if flush_interval and no_drain and flush_interval < depth:
+    if flush_interval and flush_interval < depth:
         raise Failure("Flush interval can't be smaller than depth")
     try:
         mode = tool.cache(cache)
@@ -85,7 +85,7 @@ def run(args: list[str], tool: Tool) -> int:
             f"(starting at offset {offset}, step size {step})"
         )
         if flush_interval:
-            print(f"Sending flush every {'' if not no_drain else 'undrained '}{flush_interval} requests")
+            print(f"Sending flush every {flush_interval} requests")
         load = Load(count, depth, offset, size, step, write, pattern, flush_interval, not no_drain)
         begin = time.perf_counter()
         try:

@@ -121,6 +121,8 @@ def _collect(tool: Tool, node: Node, repair: str) -> dict[str, Any]:
         raise Failure(f"Check failed: {os.strerror(error.errno or 0)}", FAILED) from error
     for line in result.pop("messages", ()):
         sys.stderr.write(f"{line}\n")
+    for line in result.pop("reports", ()):  # with the program's name, as QEMU's drivers of some formats do
+        tool.error(line)
     result.setdefault("check-errors", 0)
     return result
 

@@ -20,7 +20,7 @@ _SHAPES = {"size": "size", "bool": "bool (on/off)", "int": "num"}
 
 
 def find_format(tool: Tool, name: str, wanted: str = "image creation") -> Any:
-    """The descriptor of the format *name*, *wanted* for something. Ends the run in the peer's words if there is none."""
+    """The descriptor of the format *name*, *wanted* for something. Ends the run in the peer's words without one."""
     from ...plugins import find
 
     try:

@@ -57,7 +57,7 @@ def run(args: list[str], tool: Tool) -> int:
             raise Failure(f"Format driver '{target_format}' does not support image creation")
         size = source.size if source_size < 0 else min(source_size, source.size)
         if count >= 0:
-            size = min(size, count * block if not skip else count * block + skip * block)
+            size = min(size, count * block)  # as the peer has it: blocks that are skipped count
         start = skip * block
         beyond = start > size
         length = 0 if beyond else size - start

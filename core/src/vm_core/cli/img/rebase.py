@@ -75,6 +75,7 @@ def run(args: list[str], tool: Tool) -> int:
                 new = None
                 if backing:
                     new = stack.enter_context(_open_new(tool, node, backing, backing_format, source_mode, share))
+                _check_name(node, backing, backing_format)
                 _move(node, new, compressed, progress if show or tool.progress_mode == "json" else None)
             _change(node, backing or None, backing_format)
     finally:
@@ -132,6 +133,17 @@ def _move(node: Node, new: Node | None, compressed: bool, progress: object) -> N
     rebase(image, new, compressed=compressed, job=Job(progress))  # type: ignore[arg-type]
 
 
+def _check_name(node: Node, backing: str | None, format: str | None) -> None:
+    """Refuse what cannot be recorded, before anything is written."""
+    from ...block.formatnode import FormatNode
+    from ...block.jobs.commit import chain
+
+    if not isinstance(chain(node)[0], FormatNode):
+        raise Failure(f"Could not change the backing file to '{backing or ''}': Operation not supported")
+    if backing and not format:
+        raise Failure(f"Could not change the backing file to '{backing}': backing format must be specified")
+
+
 def _change(node: Node, backing: str | None, format: str | None) -> None:
     from ...block.formatnode import FormatNode
     from ...block.jobs.commit import chain
@@ -139,10 +151,8 @@ def _change(node: Node, backing: str | None, format: str | None) -> None:
 
     image = chain(node)[0]
     shown = backing or ""
-    if not isinstance(image, FormatNode):
-        raise Failure(f"Could not change the backing file to '{shown}': Operation not supported")
-    if backing and not format:
-        raise Failure(f"Could not change the backing file to '{shown}': backing format must be specified")
+    _check_name(node, backing, format)
+    assert isinstance(image, FormatNode)
     try:
         with image.quiesce() as driver:
             driver.change_backing(backing, format if backing else None)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ...block.mapping import Kind
+from ...block.raw import RawNode
 from .texts import BadNumberError, human, parse_size
 
 if TYPE_CHECKING:
@@ -20,29 +21,26 @@ def length(session: Session, words: Sequence[str]) -> int:
 
 
 def allocated(node: Node, offset: int, size: int) -> Iterator[tuple[int, int, bool]]:
-    """Runs of *node* alone, without its backing images: offset, length, and whether it says what is there."""
+    """Runs of *node* alone, without its backing images: offset, length, and whether it says what is there.
+
+    Of raw images and filters the node below says so. The part of the last sector behind the end is like the end.
+    """
+    shift = 0
     while node.transparent and node.children():
-        # A raw image says so of all its bytes, a filter what the node below says.
-        below = next(iter(node.children().values()))
-        if not (below.transparent or below.backing is not None or below.cluster_size > 1):
+        shift += node.offset if isinstance(node, RawNode) else 0
+        node = next(iter(node.children().values()))
+    start, length, said = offset, 0, True
+    for run in node.map(offset + shift, size):
+        if run.kind is Kind.EOF:
             break
-        node = below
-    pending: tuple[int, int, bool] | None = None
-    if not node.transparent:
-        for run in node.map(offset, size):
-            if run.kind is Kind.EOF:
-                break
-            said = run.kind is not Kind.UNALLOCATED
-            if pending is not None and pending[2] == said:
-                pending = (pending[0], pending[1] + run.length, said)
-            else:
-                if pending is not None:
-                    yield pending
-                pending = (run.offset, run.length, said)
-        if pending is not None:
-            yield pending
-    elif size:
-        yield offset, size, True
+        says = run.kind is not Kind.UNALLOCATED
+        if length and says != said:
+            yield start, length, said
+            start, length = start + length, 0
+        said = says
+        length += run.length
+    if start < offset + size:
+        yield start, offset + size - start, said
 
 
 def alloc(session: Session, words: Sequence[str]) -> int:
@@ -79,9 +77,13 @@ def info(session: Session, words: Sequence[str]) -> int:
     session.out.write(f"format name: {node.driver}\n")
     if node.is_protocol:  # its name as a protocol
         session.out.write(f"format name: {node.driver}\n")
+    below = node
     try:
         facts = node.info()
-    except OSError:
+        while below.transparent and below.children():
+            below = next(iter(below.children().values()))
+            below.info()
+    except OSError:  # somebody knows nothing at all
         return 1
     below = node
     while isinstance(below, Filter):
