@@ -154,14 +154,14 @@ def test_progress_is_the_peers(sources: Both) -> None:
 @pytest.mark.parametrize("event", ["read_aio", "write_aio"])
 def test_errors_are_told_with_their_place(sources: Both, event: str) -> None:
     """Read and write errors end with qemu-img's sentence."""
-    sources.peer.joinpath("debug").write_text(f'[inject-error]\nevent = "{event}"\nerrno = "5"\nsector = "800"\n')
+    sources.peer.joinpath("debug").write_text(f'[inject-error]\nevent = "{event}"\nerrno = "5"\nsector = "3"\n')
     sources.start()
     if event == "read_aio":
         sources.same("convert", "-O", "raw", "blkdebug:debug:flat.raw", "out")
         sources.same("convert", "--salvage", "-O", "raw", "blkdebug:debug:flat.raw", "out")
         sources.same_files("out")
     else:
-        sources.same("convert", "-n", "-O", "raw", "top.qcow2", "blkdebug:debug:flat.raw")
+        sources.same("convert", "-n", "-f", "raw", "-O", "raw", "odd.raw", "blkdebug:debug:flat.raw")
 
 
 @pytest.mark.parametrize("seed", range(200 if LONG else 12))

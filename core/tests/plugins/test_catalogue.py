@@ -114,9 +114,9 @@ def test_an_install_an_uninstall_and_an_edit_are_seen(install: Any, site: Path, 
 
 def test_a_broken_plugin_is_still_named(install: Any, site: Path, cache: Path) -> None:
     """A driver that the catalogue does not know is asked for from the registry, whose message says what is wrong."""
-    install("vm-qed", "import no_such_module_anywhere")
+    install("vm-curl", "import no_such_module_anywhere")
     start(site, "format")
-    code = "from vm_core import plugins; plugins.find('format', 'qed')"
+    code = "from vm_core import plugins; plugins.find('protocol', 'curl')"
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True
     )

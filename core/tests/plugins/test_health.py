@@ -148,9 +148,9 @@ def test_an_absent_driver_names_the_distribution_to_install() -> None:
 
 def test_an_absent_driver_of_a_broken_plugin_tells_what_is_wrong(install: Any) -> None:
     """Where the plugin that would bring the driver is there but broken, its reason and remedy are told."""
-    install("vm-vmdk", "import no_such_module_anywhere")
-    with pytest.raises(PluginError, match=r"needs the plugin vm-vmdk, which is broken: .*no_such_module_anywhere.*pip"):
-        discovered().find("format", "vmdk")
+    install("vm-curl", "import no_such_module_anywhere")
+    with pytest.raises(PluginError, match=r"needs the plugin vm-curl, which is broken: .*no_such_module_anywhere.*pip"):
+        discovered().find("protocol", "curl")
 
 
 def test_an_unknown_name_is_answered_with_the_close_match(install: Any) -> None:

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ def change(path: Path, act: Callable[[Any], None]) -> None:
             act(format)
 
 
+def call(path: Path, what: str, *words: Any, **more: Any) -> None:
+    """Let our driver do something by name."""
+    change(path, lambda format: getattr(format, what)(*words, **more))
+
+
 def bitmaps(path: Path) -> dict[str, tuple[int, bytearray]]:
     """Granularity and bits of each bitmap, by our reader."""
     with opened(path, readonly=True) as node:
@@ -54,9 +60,11 @@ def listed(path: Path, qemu: Qemu) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "options", [{"cluster_size": 4096}, {"cluster_size": 65536}, {"cluster_size": 2 << 20}], ids=str
+    "options",
+    [{"cluster_size": 4096}, {"cluster_size": 65536}, *([{"cluster_size": 2 << 20}] if LONG else [])],
+    ids=str,
 )
-@pytest.mark.parametrize("seed", range(20 if LONG else 2))
+@pytest.mark.parametrize("seed", range(20 if LONG else 1))
 def test_as_the_peer_does_it(tmp_path: Path, qemu: Qemu, options: dict[str, Any], seed: int) -> None:
     """The same operations by us and by the peer give the same file; writes set bits, also after resizing."""
     chance = random.Random(seed)
@@ -89,7 +97,7 @@ def test_as_the_peer_does_it(tmp_path: Path, qemu: Qemu, options: dict[str, Any]
             qemu.img(
                 "bitmap", "--add", *(["-g", width] if width else []), *(["--disable"] if off else []), theirs, name
             )
-            change(ours, lambda format: format.bitmap_add(name, width, enabled=not off))
+            call(ours, "bitmap_add", name, width, enabled=not off)
             names.append(name)
         elif what == "resize":
             size = chance.choice([MIB, 700 * KIB, 3 * MIB, 400 * MIB])
@@ -100,19 +108,19 @@ def test_as_the_peer_does_it(tmp_path: Path, qemu: Qemu, options: dict[str, Any]
             continue
         elif what == "remove":
             qemu.img("bitmap", "--remove", theirs, name)
-            change(ours, lambda format: format.bitmap_remove(name))
+            call(ours, "bitmap_remove", name)
             names.remove(name)
         elif what == "clear":
             qemu.img("bitmap", "--clear", theirs, name)
-            change(ours, lambda format: format.bitmap_clear(name))
+            call(ours, "bitmap_clear", name)
         elif what == "enable":
             on = chance.random() < 0.5
             qemu.img("bitmap", "--enable" if on else "--disable", theirs, name)
-            change(ours, lambda format: format.bitmap_enable(name, enabled=on))
+            call(ours, "bitmap_enable", name, enabled=on)
         else:
             other = chance.choice(names)
             qemu.img("bitmap", "--merge", other, theirs, name)
-            change(ours, lambda format: format.bitmap_merge(name, *format.bitmap_load(other)))
+            call(ours, "bitmap_merge", name, *bitmaps(ours)[other])
         qemu.sound(ours)
         assert listed(ours, qemu) == listed(theirs, qemu)
         assert bitmaps(ours) == bitmaps(theirs), f"{number}: {what} {name}"
@@ -167,7 +175,7 @@ def test_runs_of_bits() -> None:
         want = [at for at in range(len(data) * 8) if data[at >> 3] >> (at & 7) & 1]
         runs = list(set_runs(data))
         assert [at for first, after in runs for at in range(first, after)] == want
-        assert all(one[1] < two[0] for one, two in zip(runs, runs[1:], strict=False))
+        assert all(one[1] < two[0] for one, two in pairwise(runs))
 
 
 # Messages

@@ -186,12 +186,14 @@ def test_errors_are_the_peers(tmp_path: Path, qemu: Qemu) -> None:
         act(path, "delete", "nope")
     with pytest.raises(ImageError, match="Failed to load snapshot: No such file or directory"):
         act(path, "apply", "nope")
-    with pytest.raises(ImageError, match="Can't find snapshot"), opened(path, readonly=True) as node:
-        assert isinstance(node, FormatNode)
+    node = opened(path, readonly=True)
+    with pytest.raises(ImageError, match="Can't find snapshot"):
         node.format.snapshot_load(name="nope")
-    with pytest.raises(UsageError, match="read-only"), opened(path) as node:
-        assert isinstance(node, FormatNode)
+    node.close()
+    node = opened(path)
+    with pytest.raises(UsageError, match="read-only"):
         node.format.snapshot_load(name="nope")
+    node.close()
 
 
 def test_machine_state(tmp_path: Path, qemu: Qemu) -> None:
@@ -354,7 +356,8 @@ def test_extra_data(tmp_path: Path, qemu: Qemu) -> None:
             format.snapshot_create("third")
     table = int.from_bytes(path.read_bytes()[64:72], "big")
     data = path.read_bytes()
-    assert data[table + 36 : table + 40] == (25).to_bytes(4, "big") and data[table + 64 : table + 65] == b"1"
+    assert data[table + 36 : table + 40] == (25).to_bytes(4, "big")
+    assert data[table + 64 : table + 65] == b"1"
 
 
 @pytest.mark.parametrize(
@@ -371,9 +374,10 @@ def test_a_snapshot_with_a_bad_l1_table(tmp_path: Path, qemu: Qemu, field: int, 
     with pytest.raises(ImageError, match="Failed to load snapshot: ") as caught:
         act(path, "apply", "s0")
     assert caught.value.__notes__ == [f"Snapshot L1 table {reason}"]
-    with pytest.raises(ImageError, match=f"Snapshot L1 table {reason}"), opened(path, readonly=True) as node:
-        assert isinstance(node, FormatNode)
+    node = opened(path, readonly=True)
+    with pytest.raises(ImageError, match=f"Snapshot L1 table {reason}"):
         node.format.snapshot_load(name="s0")
+    node.close()
 
 
 def test_fuzzed_tables(tmp_path: Path, qemu: Qemu) -> None:
@@ -395,4 +399,7 @@ def test_fuzzed_tables(tmp_path: Path, qemu: Qemu) -> None:
                     with node.quiesce() as format:
                         getattr(format, f"snapshot_{what}")(name)
             except (OSError, VmError) as error:
-                assert "\n" not in str(error)
+                lines = str(error).splitlines()
+            else:
+                lines = []
+            assert len(lines) < 2

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 #: Bytes from the start of a file that formats are recognised by, and from the end those with a footer.
 HEAD = 64 * 1024
 TAIL = 64 * 1024
+#: The score of a driver that is as sure as can be.
+CERTAIN = 100
 
 
 def format_drivers() -> Sequence[FormatDriver]:
@@ -34,13 +36,18 @@ def _function(reference: str) -> Callable[[bytes, int, str], int]:
 
 def score(driver: FormatDriver, head: bytes, tail: bytes, size: int, filename: str) -> int:
     """How sure *driver* is that an image of *size* bytes that begins with *head* and ends with *tail* is its own."""
-    best = max(
-        (mark.score for mark in driver.signatures if mark.score > 0 and _matches(mark, head, tail)),
-        default=0,
-    )
-    if driver.probe is not None:
-        best = max(best, _function(driver.probe)(head, size, filename))
-    return best
+    return max(look(driver, head, tail, size, filename) for look in (signature_score, function_score))
+
+
+def signature_score(driver: FormatDriver, head: bytes, tail: bytes, size: int, filename: str) -> int:
+    """The score by the driver's signatures alone."""
+    scores = [mark.score for mark in driver.signatures if mark.score > 0 and _matches(mark, head, tail)]
+    return max(scores, default=0)
+
+
+def function_score(driver: FormatDriver, head: bytes, tail: bytes, size: int, filename: str) -> int:
+    """The score by the driver's own function, 0 without one."""
+    return 0 if driver.probe is None else _function(driver.probe)(head, size, filename)
 
 
 def _matches(mark: Signature, head: bytes, tail: bytes) -> bool:
@@ -56,10 +63,14 @@ def guess(head: bytes, tail: bytes, size: int, filename: str = "") -> str:
     A well-known format that no installed driver reads is named too.
     """
     best, name = 0, "raw"
-    for driver in format_drivers():
-        found = score(driver, head, tail, size, filename)
-        if found > best:
-            best, name = found, driver.name
+    # What can be told by signatures alone needs no driver's code.
+    for look in (signature_score, function_score):
+        for driver in format_drivers():
+            found = look(driver, head, tail, size, filename)
+            if found > best:
+                best, name = found, driver.name
+        if best >= CERTAIN:
+            break
     if name == "raw":
         from ..known_drivers import KNOWN_SIGNATURES
 

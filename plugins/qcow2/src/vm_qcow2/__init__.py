@@ -19,6 +19,10 @@ docstrings are its own.
 ``order``           the order in which all that reaches the disk
 ``compression``     compressed clusters
 ``snapshots``       the table of internal snapshots
+``snapshotting``    taking, applying, deleting and loading them
+``sharing``         the refcounts of clusters that snapshots share
+``bitmaps``         persistent dirty bitmaps; ``bitmaparea``: their extension in the header
+``inplace``         this format's part in converting images in place
 ``check``           counting references anew; repair
 ``create``          new images
 ==================  ====================================================================================

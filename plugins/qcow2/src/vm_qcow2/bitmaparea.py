@@ -1,10 +1,10 @@
 """Adding, changing and removing the bitmaps extension in the header's cluster, safely at every write.
 
-The name of the backing file stands behind the extensions and has to move with their end. An extension is put at the end
-of the area: its data and the new end mark go behind the old end mark, and are stable before the old end mark becomes its
-head, which is one write within a sector; until then nobody reads what stands behind. The name is copied to the end of
-the cluster first, and counts there while its place is written. While the header's area changes, the auto-clear bit for
-bitmaps is off: they are of no value then, and nothing else is lost by a power cut.
+The name of the backing file stands behind the extensions and has to move with their end. An extension is put at the
+end of the area: its data and the new end mark go behind the old end mark, and are stable before the old end mark
+becomes its head, which is one write within a sector; until then nobody reads what stands behind. The name is copied to
+the end of the cluster first, and counts there while its place is written. While the header's area changes, the
+auto-clear bit for bitmaps is off: they are of no value then, and nothing else is lost by a power cut.
 """
 
 from __future__ import annotations

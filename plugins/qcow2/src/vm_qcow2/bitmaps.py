@@ -93,7 +93,7 @@ class Bitmap:
     @property
     def clusters(self) -> int:
         """Clusters of bitmap data, and so entries of the table."""
-        return -(-(-(-self.bits // 8)) >> self.image.geometry.cluster_bits)
+        return -(-self.bits // (8 * self.image.cluster_size))
 
     def info(self) -> dict[str, Any]:
         """QEMU's Qcow2BitmapInfo."""

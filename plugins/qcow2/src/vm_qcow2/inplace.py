@@ -60,9 +60,13 @@ class Qcow2Source(Source):
             add("subclusters", "its extended L2 entries (subclusters)", "vm-img convert makes an image without them")
         if header.crypt_method:
             add("encryption", "its encryption", "vm-img convert makes an image without it")
-        for one in image.snapshot_table.entries[:1]:
+        for snapshot in image.snapshot_table.entries[:1]:
             more = f" and {count} more" if (count := len(image.snapshot_table.entries) - 1) else ""
-            add("snapshots", f"its internal snapshot '{one.name}'{more}", f"vm-img snapshot -d '{one.name}' FILE")
+            add(
+                "snapshots",
+                f"its internal snapshot '{snapshot.name}'{more}",
+                f"vm-img snapshot -d '{snapshot.name}' FILE",
+            )
         for data in list(image.bitmaps())[:1]:
             more = f" and {count} more" if (count := len(image.bitmaps()) - 1) else ""
             add("bitmaps", f"its dirty bitmap '{data['name']}'{more}", f"vm-img bitmap --remove FILE '{data['name']}'")

@@ -20,10 +20,10 @@ import time
 from array import array
 from typing import TYPE_CHECKING
 
+from vm_core.block.notices import notice
 from vm_core.errors import BlockError, ImageError, UsageError
 
 from .geometry import COPIED, MAX_SNAPSHOTS, OFFSET_MASK
-from vm_core.block.notices import notice
 from .overlap import ACTIVE_L1, ACTIVE_L2, INACTIVE_L1
 from .resize import grow_l1, resize
 from .sharing import Tree
@@ -269,7 +269,7 @@ def _joined(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _replace_l1(image: Qcow2, new: array[int]) -> None:
-    """Make *new* the active L1 table on disk, in the place of the one that is there: a power cut leaves one or the other.
+    """Make *new* the active L1 table on disk, in the place of the one that is there; a power cut leaves old or new.
 
     Where they differ in more than one sector, a copy elsewhere is the active one meanwhile.
     """

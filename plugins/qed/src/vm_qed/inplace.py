@@ -1,9 +1,9 @@
 """QED's part in converting images in place (``vm_core.block.inplace``).
 
 As a target: the tables go to the free space, tables of four clusters (more where the image needs larger ones). The
-format knows no free clusters: each that nobody uses is a leak. So once the file is one of this format, the clusters that
-only the former one used are given to guest offsets past the end of the image, where no guest sees them; they read as
-zeroes, which is what the image shall hold there should it grow.
+format knows no free clusters: each that nobody uses is a leak. So once the file is one of this format, the clusters
+that only the former one used are given to guest offsets past the end of the image, where no guest sees them; they read
+as zeroes, which is what the image shall hold there should it grow.
 """
 
 from __future__ import annotations

@@ -170,14 +170,6 @@ class Ova(Vmdk):
         file.pwrite(0, tar.pack_header(f"{stem}.ovf", len(data)) + data + tar.pack_header(href, length))
 
 
-def probe(head: bytes, size: int, filename: str) -> int:
-    """A tar archive whose first member is an OVF descriptor."""
-    if not tar.is_tar(head):
-        return 0
-    name = head[:100].rstrip(b"\0").lower()
-    return 100 if name.endswith(b".ovf") else 0
-
-
 def _descriptor(file: Node, members: list[Member], name: str, damage: str) -> bytes:
     """The text of the OVF descriptor, which is the first member."""
     first = next((member for member in members if member.name.lower().endswith(".ovf")), None)

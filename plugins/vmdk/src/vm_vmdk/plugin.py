@@ -43,7 +43,7 @@ def vm_format_drivers() -> list[FormatDriver]:
             summary="virtual appliances: a stream-optimized VMDK disk with its OVF descriptor in an archive",
             implementation="vm_vmdk.ova:Ova",
             capabilities={"write", "create", "check", "compress"},
-            probe="vm_vmdk.ova:probe",
+            probe="vm_vmdk.probe:probe_appliance",
             extensions=(".ova",),
             options=(Option("disk", "str", "Which disk: its number (from 0), diskId or file name"),),
             create_options=(

@@ -30,3 +30,10 @@ def probe(head: bytes, size: int, filename: str) -> int:
         key, _, value = word.partition(b"=")
         return 100 if key.strip() in (b"version", b"encoding") and value.strip() else 0
     return 0
+
+
+def probe_appliance(head: bytes, size: int, filename: str) -> int:
+    """100 for a tar archive whose first member is an OVF descriptor."""
+    if head[257:262] != b"ustar":
+        return 0
+    return 100 if head[:100].rstrip(b"\0").lower().endswith(b".ovf") else 0

@@ -24,7 +24,7 @@ from ..node import Node
 from ..raw import RawNode
 from . import pipeline
 from .job import Job
-from .source import SECTOR, STEP, Request, Run, Source, Warn, read_request, requests
+from .source import SECTOR, STEP, Request, Run, Source, Warn, read_request, read_segment, requests
 from .zeroes import all_zero, data_runs
 
 #: The run of zeroes that is left out of the target (``-S``) where nothing else is asked for.
@@ -192,12 +192,15 @@ class _Conversion:
     # Reading
 
     def _read(self, request: Request, buffer: bytearray) -> None:
+        where = request.offset
         try:
             with memoryview(buffer) as view:
-                read_request(request, view)
+                for segment in request.segments:
+                    where = request.offset + segment.at
+                    read_segment(segment, view)
         except OSError as error:
             if not self.options.salvage:
-                raise CopyError("reading", request.offset, error) from None
+                raise CopyError("reading", where, error) from None
             self._salvage(request, buffer)
 
     def _salvage(self, request: Request, buffer: bytearray) -> None:

@@ -115,6 +115,8 @@ def _plan(node: Node, options: dict[str, str], changes: dict[int, Change], path:
                 raise UsageError(f"Cannot find device='' nor node-name='{value}'")
         else:
             _sort(change, key, value)
+    if change.detect == "unmap" and not change.discard:
+        raise UsageError("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")
     for role, rest_options in below.items():
         _plan(children[role], rest_options, changes, f"{path}{role}.")
 
@@ -138,10 +140,6 @@ def _sort(change: Change, key: str, value: str) -> None:
     elif key == "detect-zeroes":
         if value not in _DETECT:
             raise UsageError(f"invalid parameter value: {value}")
-        if value == "unmap" and not (
-            getattr(node, "discard_unmap", True) if change.discard is None else change.discard
-        ):
-            raise UsageError("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")
         change.detect = value
     elif key in ("driver", "node-name", "filename"):
         now = {"driver": node.driver, "node-name": node.node_name, "filename": node.filename}[key]
