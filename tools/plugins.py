@@ -1,6 +1,6 @@
 """Install the distributions of this tree into the running interpreter: ``python tools/plugins.py [options] [NAME...]``.
 
-    python tools/plugins.py                  core and every plugin, with the optional libraries they can use
+    python tools/plugins.py                  core, every plugin and the example of one, with all optional libraries
     python tools/plugins.py qcow2 ide        core and these plugins
     python tools/plugins.py --test qcow2     the same, then its tests (options of pytest after --)
     python tools/plugins.py --list           the names
@@ -47,6 +47,8 @@ def main(words: list[str]) -> int:
         return 0
     tests = "--test" in options
     folders = [ROOT / "core", *(ROOT / "plugins" / name for name in chosen or names())]
+    if not chosen:
+        folders += [path.parent for path in (ROOT / "examples").glob("*/pyproject.toml")]
     pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
     for folder in folders:
         pip += ["-e"] * ("--editable" in options) + [requirement(folder, tests=tests)]

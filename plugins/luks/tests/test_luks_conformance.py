@@ -19,15 +19,22 @@ class TestLuks(FormatConformance):
     """LUKS in its modes. A new image holds whatever the key makes of zeroes, so it is zeroed first."""
 
     driver = "luks"
-    size = 768 * 1024 + 512
+    size = 128 * 1024 + 512
     create_options = (
         _QUICK,
-        {**_QUICK, "cipher-alg": "aes-128", "cipher-mode": "cbc", "ivgen-alg": "essiv", "hash-alg": "sha1"},
-        *([{**_QUICK, "cipher-mode": "ecb"}, {**_QUICK, "ivgen-alg": "plain", "hash-alg": "sha512"}] if LONG else []),
+        *(
+            [
+                {**_QUICK, "cipher-alg": "aes-128", "cipher-mode": "cbc", "ivgen-alg": "essiv", "hash-alg": "sha1"},
+                {**_QUICK, "cipher-mode": "ecb"},
+                {**_QUICK, "ivgen-alg": "plain", "hash-alg": "sha512"},
+            ]
+            if LONG
+            else []
+        ),
     )
-    operations = 200 if LONG else 60
-    rounds = 300 if LONG else 10
-    cuts = 300 if LONG else 20
+    operations = 200 if LONG else 40
+    rounds = 300 if LONG else 5
+    cuts = 300 if LONG else 12
     metadata = 592
     header = 592
 

@@ -28,7 +28,7 @@ SUITES = [
     )
     if cipher != "aes-192" or mode == "xts"
 ]
-HASHES = ["md5", "sha1", "sha224", "sha256", "sha384", "sha512"]
+HASHES = ["md5", "sha1", "sha224", "sha256", "sha384", "sha512"] if LONG else ["sha1", "sha512"]
 
 
 def spec(path: Path) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def create(path: Path, size: int, **options: object) -> None:
     create_image(str(path), "luks", size, given)
 
 
-@pytest.mark.parametrize(("cipher", "mode", "vectors"), SUITES)
+@pytest.mark.parametrize(("cipher", "mode", "vectors"), SUITES if LONG else SUITES[::4])
 def test_every_suite_in_both_directions(tmp_path: Path, peers: Peers, cipher: str, mode: str, vectors: str) -> None:
     """Made here, written there, read here, written here, read there; and made there."""
     chance = random.Random(f"{cipher}{mode}{vectors}")

@@ -36,12 +36,18 @@ class Bochs(Format):
             raise ImageError(context.filename, f"Bochs image version {version:#x} is not supported (1.0 and 2.0 are)")
         if kind.rstrip(b"\0") != b"Redolog" or subtype.rstrip(b"\0") != b"Growing":
             raise ImageError(context.filename, "only growing Bochs images are supported")
-        if not SECTOR <= extent <= 1 << 26 or extent % SECTOR or bitmap * 8 * SECTOR < extent or bitmap > 1 << 16:
-            raise ImageError(
-                context.filename, f"extents of {extent} bytes with bitmaps of {bitmap} bytes make no sense"
-            )
-        if not -(-disk // extent) <= entries <= 1 << 22 or header + 4 * entries > file.size:
-            raise ImageError(context.filename, f"a catalog of {entries} extents does not fit the image")
+        if entries > 0x1FFFFFFF or header + 4 * entries > max(file.size, header + 4):
+            raise ImageError(context.filename, "Catalog size is too large")
+        if extent < SECTOR:
+            raise ImageError(context.filename, f"Extent size must be at least {SECTOR}")
+        if extent & (extent - 1):
+            raise ImageError(context.filename, f"Extent size {extent} is not a power of two")
+        if extent > 1 << 23:
+            raise ImageError(context.filename, f"Extent size {extent} is too large")
+        if entries < -(-disk // extent):
+            raise ImageError(context.filename, "Catalog size is too small for this disk size")
+        if bitmap * 8 * SECTOR < extent or bitmap > 1 << 16:
+            raise ImageError(context.filename, f"a bitmap of {bitmap} bytes does not go with extents of {extent}")
         self._catalog = array("I", file.pread(header, 4 * entries))
         self._bitmap, self._extent, self._disk = bitmap, extent, disk
         self._start, self._name = header + 4 * entries, context.filename

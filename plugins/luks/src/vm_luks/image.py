@@ -37,6 +37,8 @@ class LuksImage(Format):
         self._storage = CryptNode(file, cipher, offset=header.payload_offset)
         self._key_secret = key_secret
         self._payload = header.payload_offset
+        # A write to the last sector makes a file that ends within it longer, but not the image.
+        self._size = max(0, file.size - self._payload)
 
     @classmethod
     def open(cls, file: Node, options: dict[str, Any], context: OpenContext) -> LuksImage:
@@ -57,7 +59,7 @@ class LuksImage(Format):
 
     @property
     def size(self) -> int:
-        return max(0, self.file.size - self._payload)
+        return self._size
 
     def map(self, offset: int, length: int) -> Iterator[Mapping]:
         yield Mapping(Kind.DATA, offset, length, self._storage, offset, not self.readonly)
@@ -75,6 +77,7 @@ class LuksImage(Format):
         if size > luks.MAX_SIZE - self._payload:
             raise UsageError("The requested file size is too large")
         self.file.truncate(self._payload + size)
+        self._size = size
 
     def reopen(self, *, readonly: bool) -> None:
         self.readonly = readonly

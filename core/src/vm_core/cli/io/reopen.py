@@ -115,7 +115,8 @@ def _plan(node: Node, options: dict[str, str], changes: dict[int, Change], path:
                 raise UsageError(f"Cannot find device='' nor node-name='{value}'")
         else:
             _sort(change, key, value)
-    if change.detect == "unmap" and not change.discard:
+    unmap = getattr(node, "discard_unmap", True) if change.discard is None else change.discard
+    if change.detect == "unmap" and not unmap:
         raise UsageError("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")
     for role, rest_options in below.items():
         _plan(children[role], rest_options, changes, f"{path}{role}.")
