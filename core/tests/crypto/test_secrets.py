@@ -30,9 +30,7 @@ def encrypted(text: bytes, padding: int | None = None) -> str:
 
     length = 16 - len(text) % 16
     data = text + bytes([length if padding is None else padding]) * length
-    return base64.b64encode(
-        Cipher(algorithms.AES(bytes(32)), modes.CBC(bytes(16))).encryptor().update(data)
-    ).decode()
+    return base64.b64encode(Cipher(algorithms.AES(bytes(32)), modes.CBC(bytes(16))).encryptor().update(data)).decode()
 
 
 def test_data_is_what_was_given() -> None:

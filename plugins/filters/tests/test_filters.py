@@ -280,6 +280,7 @@ def test_group_limits_are_checked() -> None:
 
 def test_bottom_limits_what_is_copied(tmp_path: Path) -> None:
     """What lies below the bottom node is read, not copied."""
+    pytest.importorskip("vm_qcow2")
     for name, below in (("a", None), ("b", "a"), ("c", "b")):
         options = {} if below is None else {"backing_file": below, "backing_fmt": "qcow2"}
         create_image(str(tmp_path / name), "qcow2", 1 << 20, options)

@@ -36,7 +36,7 @@ class TestLuks(FormatConformance):
     rounds = 300 if LONG else 5
     cuts = 300 if LONG else 12
     metadata = 592
-    header = 592
+    header = 256
 
     def open(self, storage: Node | str | Path, *, readonly: bool = True, **options: Any) -> Node:
         return super().open(storage, readonly=readonly, **{"key-secret": "sec", **options})

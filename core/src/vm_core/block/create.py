@@ -92,6 +92,8 @@ class NewImage:
                     file.close()
                 raise
             file.close()
+            # Left over it was the protocol's, for a file that had no bytes yet.
+            options.pop("preallocation", None)
             if options:
                 raise UsageError(f"Format driver '{self.format}' does not know the option {min(options)!r}")
         except BaseException as error:

@@ -360,6 +360,8 @@ def _open_one(options: dict[str, Any], context: OpenContext, *, image: bool = Tr
         kind, implementation, descriptor = _lookup(driver)
         if kind == "protocol":
             return _open_protocol(driver, options, context, name), None
+        if descriptor is not None:
+            driver = descriptor.name  # it may have been called by another name
     probed = False
     try:
         file = _open_storage(options, context, driver)

@@ -73,3 +73,20 @@ def runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
         last = number
     if first >= 0:
         yield first, last + 1 - first
+
+
+def places(entries: array[int], limit: int, step: int) -> list[tuple[int, int, int]]:
+    """Runs of the entries below *limit* as (first value, how many, index), each *step* more than the one before."""
+    found: list[tuple[int, int, int]] = []
+    index, stop = 0, len(entries)
+    while index < stop:
+        entry = entries[index]
+        if entry < limit:
+            count = run_length(entries, index, stop, step)
+            if entry + (count - 1) * step >= limit:
+                count = (limit - 1 - entry) // step + 1
+            found.append((entry, count, index))
+        else:
+            count = run_length(entries, index, stop, 0)
+        index += count
+    return found

@@ -175,7 +175,7 @@ class Blkdebug(Filter):
         self._changed = True
         self.engine.event("pwritev_zero")
         for begin, step in fragments(offset, length, self._align, limits.opt_zero, limits.max_zero):
-            if begin % self._align or step % self._align:
+            if begin % self._align or step % self._align or step < limits.opt_zero:
                 self._write_zeroes(begin, step)
             else:
                 with self._ticket(begin, begin + step, exclusive=False):
@@ -188,7 +188,7 @@ class Blkdebug(Filter):
     def zero_fast(self, offset: int, length: int, *, unmap: bool = False) -> bool:
         if self.readonly:
             raise self.read_only_error()
-        if offset % self._align or length % self._align:
+        if offset % self._align or length % self._align or length < self.limits.opt_zero:
             return False
         self._changed = True
         self.engine.check(WRITE_ZEROES, offset, length)
@@ -204,7 +204,8 @@ class Blkdebug(Filter):
         limits = self.limits
         self._changed = True
         for begin, step in fragments(offset, length, self._align, limits.opt_discard, limits.max_discard):
-            if not (begin % self._align or step % self._align):  # parts of blocks cannot be given back
+            # Parts of what is preferred cannot be given back.
+            if not (begin % self._align or step % self._align or step < limits.opt_discard):
                 self.engine.check(DISCARD, begin, step)
                 self.file.discard(begin, step)
 

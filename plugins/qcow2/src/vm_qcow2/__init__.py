@@ -18,12 +18,16 @@ docstrings are its own.
 ``overlap``         where metadata is, so that nothing is written over it
 ``order``           the order in which all that reaches the disk
 ``compression``     compressed clusters
+``writing``         taking, entering, zeroing and giving back guest clusters and subclusters
+``preallocation``   host space before anybody writes
+``runtime``         the options with which an image is opened
 ``snapshots``       the table of internal snapshots
 ``snapshotting``    taking, applying, deleting and loading them
 ``sharing``         the refcounts of clusters that snapshots share
 ``bitmaps``         persistent dirty bitmaps; ``bitmaparea``: their extension in the header
 ``inplace``         this format's part in converting images in place
 ``check``           counting references anew; repair
+``rebuild``         the refcount structures, made anew
 ``create``          new images
 ==================  ====================================================================================
 """

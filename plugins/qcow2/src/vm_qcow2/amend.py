@@ -161,13 +161,13 @@ def _change_data_file(image: Qcow2, name: str) -> None:
 
 def _change_lazy(image: Qcow2, wanted: _Wanted) -> None:
     header = image.header
+    # Before the image says that refcounts are never late they must not be.
+    image.settle()
     if wanted.lazy:
         if header.version < 3 or wanted.version < 3:
             raise UsageError(f"Lazy refcounts only supported with {_NEWER} and above (use compat=1.1 or greater)")
         header.compatible_features |= features.LAZY_REFCOUNTS
     else:
-        # Before the image says that refcounts are never late they must not be.
-        image.order.close()
         header.compatible_features &= ~features.LAZY_REFCOUNTS
     image.store.write_header("compatible_features")
     image.store.barrier()
@@ -179,8 +179,7 @@ def _change_lazy(image: Qcow2, wanted: _Wanted) -> None:
 
 def upgrade(image: Qcow2) -> None:
     """From version 2 to 3: a longer header, and what version 3 demands of snapshots."""
-    image.order.write_back()
-    image.refcounts.settle()
+    image.settle()
     if any(one.head.extra_size < MIN_EXTRA_BYTES for one in image.snapshot_table.entries):
         rewrite_snapshots(image)
     header = Header.parse(image.header.pack()[:V2_LENGTH])
@@ -210,7 +209,7 @@ def downgrade(image: Qcow2, report: Callable[[int, int], None]) -> None:
     for one in list(image.bitmaps()):
         image.bitmap_remove(one["name"])
     expand_zero_clusters(image, report)
-    image.order.close()
+    image.settle()
     older = Header.parse(header.pack()[:V2_LENGTH])
     older.version = 2
     found = [one for one in image.extensions if one.type not in (extensions.FEATURE_NAME_TABLE, extensions.BITMAPS)]
@@ -337,7 +336,7 @@ def _expand_table(image: Qcow2, offset: int, l1_index: int, backed: bool) -> Non
 
 def change_refcount_width(image: Qcow2, bits: int, report: Callable[[int, int], None]) -> None:
     """Let refcounts have *bits* bits. Raises ImageError where one of them is too large for that."""
-    image.order.close()
+    image.settle()
     change = _WidthChange(image, bits, report)
     try:
         change.plan()

@@ -439,6 +439,10 @@ class Bitmaps:
         if not fresh:
             return
         self._settle()
+        # QEMU keeps its list newest first, so those added since are stored in that order.
+        new = [one for one in self.entries if not one.table_offset]
+        self.entries = [one for one in self.entries if one.table_offset] + new[::-1]
+        fresh = [one for one in self.entries if not one.inconsistent]
         former = [(one.table_offset, one.table_size, one.table) for one in fresh if one.table_offset]
         for bitmap in fresh:
             self._write(bitmap)

@@ -638,6 +638,9 @@ class _Checker:
         fix = self.fix_errors or (self.fix_leaks and clean)
         word = "Repairing" if fix else "ERROR"
         size = self.store.file.size
+        header = self.store.header
+        start = header.l1_table_offset >> bits
+        own = range(start, start + -(-header.l1_size * 8 >> bits))
         for index, entry in enumerate(image.tables.l1):
             offset = entry & OFFSET_MASK
             if not offset:
@@ -646,6 +649,8 @@ class _Checker:
                 count = refcounts.get(offset >> bits)
             except OSError:
                 continue
+            if fix and offset >> bits in own:
+                raise self.store.mark_corrupt("Preventing invalid write on metadata (overlaps with active L2 table)")
             if (count == 1) != bool(entry & COPIED):
                 self._corruption(
                     f"{word} OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={entry:x} refcount={count}"

@@ -58,7 +58,7 @@ class Run(NamedTuple):
         return self.state in _PLACED
 
 
-_INVALID = "Invalid cluster entry found"
+INVALID = "Invalid cluster entry found"
 _PLACED = (State.DATA, State.ZERO_ALLOCATED, State.UNALLOCATED_ALLOCATED)
 
 
@@ -165,7 +165,7 @@ def subruns(entries: array[int], bitmaps: array[int], start: int, stop: int, geo
             elif bitmap in _UNIFORM:
                 count = min(run_length(bitmaps, index, after, 0), after - index)
                 if bitmap == ALL_ALLOCATED and not run.placed:
-                    raise BadEntryError(index, entries[index], _INVALID)
+                    raise BadEntryError(index, entries[index], INVALID)
                 high = min(stop, index + count << 5)
                 state = _substate(bitmap & 1, bitmap >> 32 & 1, run.placed)
                 first = host + (low - (index << 5)) * size if run.placed else 0
@@ -173,7 +173,7 @@ def subruns(entries: array[int], bitmaps: array[int], start: int, stop: int, geo
                 index += count
             else:
                 if bitmap & bitmap >> 32 or (bitmap & ALL_ALLOCATED and not run.placed):
-                    raise BadEntryError(index, entries[index], _INVALID)
+                    raise BadEntryError(index, entries[index], INVALID)
                 base = index << 5
                 while low < high:
                     sub = low - base
@@ -224,7 +224,7 @@ def damage(entry: int, bitmap: int, geometry: Geometry) -> str:
             list(runs(one, 0, 1, geometry))
     except BadEntryError as error:
         return str(error)
-    return _INVALID
+    return INVALID
 
 
 def _substate(allocated: int, zero: int, placed: bool) -> State:

@@ -90,7 +90,10 @@ _NOT_READ = "Could not read qcow2 header: Input/output error"
 
 
 def check_table(name: str, header: Header, offset: int, entries: int, width: int, most: int, what: str) -> None:
-    """Raise ImageError unless a table of *entries* entries of *width* bytes, *most* bytes in all, can be at *offset*."""
+    """Raise ImageError unless a table of *entries* entries of *width* bytes, *most* bytes in all, can be at *offset*.
+
+    *what* names the table in the message.
+    """
     if entries > most // width:
         raise ImageError(name, f"{what} too large")
     if offset & (1 << header.cluster_bits) - 1 or offset + entries * width >= 1 << 63:

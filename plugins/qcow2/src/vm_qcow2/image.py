@@ -19,7 +19,7 @@ from vm_core.errors import ImageError
 from . import extensions, features, overlap
 from .allocator import Allocator
 from .compression import TYPES, DecompressError, decoder, encoder
-from .entries import Run, State, all_runs, run_length
+from .entries import INVALID, Run, State, all_runs, run_length
 from .entries import damage as describe_damage
 from .header import MAX_BACKING_NAME, Header, human, read_header
 from .order import Order
@@ -117,6 +117,7 @@ class Qcow2(Format):
         self.encryption = self._unlock(options, context)
         self.refcounts.limit(runtime.refcount_cache)
         self.tables.limit(runtime.l2_cache)
+        self.tables.clean_after(runtime.clean_interval)
         self.metadata.checks = runtime.checks
         #: Where guest data is: the image itself, or the external data file.
         self.data: Node = self._open_data(open_data)
@@ -483,6 +484,8 @@ class Qcow2(Format):
         """An L2 entry means nothing: mark the image as corrupt; returns the error to raise."""
         table, index = damage
         text = describe_damage(table.entries[index], table.bitmaps[index] if table.bitmaps else 0, self.geometry)
+        if text == INVALID:
+            text += " "  # so QEMU puts it where it reads
         return self.store.mark_corrupt(f"{text} (L2 offset: {alternate(table.offset)}, L2 index: {alternate(index)})")
 
     def map_cached(self, offset: int, length: int) -> Sequence[Mapping] | None:
@@ -637,10 +640,16 @@ class Qcow2(Format):
 
         amend(self, options, force=force, progress=progress)
 
+    def settle(self) -> None:
+        """Bring all that is only in memory to the disk."""
+        self._store_bitmaps()
+        self.order.close()
+
     def reload(self) -> None:
-        """Read the metadata again after the structures that it is in have been changed on disk."""
-        if not self.store.corrupt:
-            self._store_bitmaps()
+        """Read the metadata again after the structures that it is in have been changed on disk.
+
+        Before those were, :meth:`settle` was called.
+        """
         data = self.data
         Qcow2.__init__(
             self,
@@ -729,7 +738,7 @@ def _read_snapshots(store: Store) -> SnapshotTable:
     try:
         return read_snapshots(store)
     except OSError as error:
-        raise store.error(f"Failed to read snapshot table: {error.strerror}") from error
+        raise store.error("Failed to read snapshot table: Input/output error") from error
 
 
 def _backing_reference(

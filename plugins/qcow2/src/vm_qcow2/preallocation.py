@@ -1,8 +1,8 @@
 """Setting host space aside for guest clusters before anybody writes them.
 
 * ``metadata`` enters a host cluster for every guest cluster; the file is as long as the whole disk, and empty there.
-* ``falloc`` and ``full`` do the same, and the file system sets the space aside or is written zeroes. Refcount structures
-  come first, then all data in one piece, then the L2 tables.
+* ``falloc`` and ``full`` do the same, and the file system sets the space aside or is written zeroes. Refcount
+  structures come first, then all data in one piece, then the L2 tables.
 
 The clusters lie in the file before anything points at them.
 """

@@ -14,8 +14,8 @@ from vm_core.errors import BlockError
 
 from .geometry import MAX_REFTABLE_BYTES
 from .overlap import REFCOUNT_BLOCK, REFCOUNT_TABLE
-from .references import PIECE, References
 from .refcounts import encode
+from .references import PIECE, References
 
 if TYPE_CHECKING:
     from .image import Qcow2
@@ -25,6 +25,11 @@ def rebuild(image: Qcow2, references: References) -> None:
     """Write refcounts that say what *references* counted, themselves included. Raises BlockError."""
     store, geometry = image.store, image.geometry
     words = geometry.cluster_size // 8
+    for entry in image.refcounts.table:
+        # The old blocks stay as they are until the header has left them, also those that could not be counted.
+        cluster = (entry & ~511) >> geometry.cluster_bits
+        if 0 < cluster < references.clusters and not references.get(cluster):
+            references.add(cluster, 1)
     table: array[int] = array("Q")
     blocks = _Blocks(image, references, table)
     blocks.write(0, references.clusters)

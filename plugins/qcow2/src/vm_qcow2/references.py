@@ -40,11 +40,11 @@ class References:
             low = first & PIECE - 1
             high = min(low + count, PIECE)
             value = piece[low]
-            if high - low > 1 and piece[low:high] == array(self.code, (value,)) * (high - low):
-                if value + weight <= self.most:
-                    piece[low:high] = array(self.code, (value + weight,)) * (high - low)
-                    first, count = first + high - low, count - high + low
-                    continue
+            alike = high - low > 1 and piece[low:high] == array(self.code, (value,)) * (high - low)
+            if alike and value + weight <= self.most:
+                piece[low:high] = array(self.code, (value + weight,)) * (high - low)
+                first, count = first + high - low, count - high + low
+                continue
             for index in range(low, high):
                 if piece[index] + weight > self.most:
                     piece[index] = self.most

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
+from time import monotonic
 
 from .allocator import Allocator
 from .geometry import COPIED, MAX_L1_BYTES, OFFSET_MASK
@@ -85,12 +86,28 @@ class Tables:
         self.changed: set[int] = set()
         self._cache: OrderedDict[int, L2Table] = OrderedDict()
         self._limit = 2
+        #: Seconds after which tables that nobody used are dropped; 0: never.
+        self.clean_interval = 0
+        self._clean_at = float("inf")
+        self._recent: set[int] = set()
         #: With lazy refcounts, those of tables are not: they are stable before anything points at a table.
         self.settle_new = False
 
     def limit(self, cache_bytes: int) -> None:
         """Keep tables of about so many bytes in memory."""
         self._limit = max(2, cache_bytes >> self.geometry.cluster_bits)
+
+    def clean_after(self, seconds: int) -> None:
+        """Drop tables that nobody used for so long, now and then; 0: keep them."""
+        self.clean_interval = seconds
+        self._clean_at = monotonic() + seconds if seconds else float("inf")
+
+    def _drop_unused(self) -> None:
+        """Drop tables that were not used since this was done last."""
+        for index in [index for index, table in self._cache.items() if index not in self._recent and not table.dirty]:
+            del self._cache[index]
+        self._recent.clear()
+        self._clean_at = monotonic() + self.clean_interval
 
     def cached(self, index: int) -> L2Table | None:
         """The table, if it is in memory."""
@@ -99,6 +116,10 @@ class Tables:
     def get(self, index: int) -> L2Table | None:
         """The L2 table of L1 entry *index*, to be read; None where there is none. Raises ImageError."""
         table = self._cache.get(index)
+        if self.clean_interval:
+            if monotonic() >= self._clean_at:
+                self._drop_unused()
+            self._recent.add(index)
         if table is not None:
             self._cache.move_to_end(index)
             return table

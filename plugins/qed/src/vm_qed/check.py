@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .tables import UNALLOCATED, ZERO
+from .tables import SECTOR, UNALLOCATED, ZERO
 
 if TYPE_CHECKING:
     from .image import Qed
@@ -17,8 +17,8 @@ def check(image: Qed, *, fix: bool) -> dict[str, Any]:
     """
     header, tables = image.header, image.tables
     size, table_size = header.cluster_size, header.table_size
-    limit = image.file.size if image.readonly else max(tables.end, image.file.size)
-    limit -= limit % size
+    limit = max(tables.end, image.file.size)
+    limit = -(-limit // SECTOR) * SECTOR // size * size
     used = bytearray(-(-limit // size // 8) + 1)
     corruptions = fixed = allocated = fragmented = last = 0
 

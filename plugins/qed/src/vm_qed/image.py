@@ -38,6 +38,7 @@ class Qed(Format):
         self.header = header
         self.name = name
         self.tables = Tables(file, header)
+        self._damaged = False
 
     @classmethod
     def open(cls, file: Node, options: dict[str, Any], context: OpenContext) -> Qed:
@@ -63,17 +64,14 @@ class Qed(Format):
             from .check import check as run
 
             found = run(self, fix=True)
-            if found.get("corruptions") or found["check-errors"]:
-                raise ImageError(self.name, "the image was not closed and could not be repaired: run check -r all")
-            self.mark(False)
+            # What is wrong still, a cluster in use twice, stays marked, and is opened all the same, as by the peer.
+            self._damaged = bool(found.get("corruptions"))
+            if not self._damaged:
+                self.mark(False)
 
     @property
     def size(self) -> int:
         return int(self.header.image_size)
-
-    @property
-    def dirty(self) -> bool:
-        return bool(self.header.features & headers.NEED_CHECK)
 
     def info(self) -> dict[str, Any]:
         return {}
@@ -247,7 +245,7 @@ class Qed(Format):
 
         if repair and not self.readonly:
             self.flush()
-        found = check(self, fix=repair == "all")
+        found = check(self, fix=bool(repair))
         if repair and not found.get("corruptions") and self.header.features & headers.NEED_CHECK:
             self.mark(False)
             self.file.flush()
@@ -259,7 +257,7 @@ class Qed(Format):
 
     def _settle(self) -> None:
         self.flush()
-        if self.header.features & headers.NEED_CHECK:
+        if self.header.features & headers.NEED_CHECK and not self._damaged:
             self.mark(False)
             self.file.flush()
 

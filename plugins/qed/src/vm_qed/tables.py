@@ -29,6 +29,7 @@ WAITING_PAGES = 128
 #: An L1 table of up to this many bytes is read whole.
 MAX_L1_BYTES = 32 << 20
 
+SECTOR = 512
 UNALLOCATED = 0
 ZERO = 1
 
@@ -55,8 +56,9 @@ class Tables:
         self._page = min(PAGE, header.entries)
         self._pages: OrderedDict[tuple[int, int], array[int]] = OrderedDict()
         self._waiting: set[tuple[int, int]] = set()
-        #: Where the next table or cluster goes. A piece of a cluster at the end of the file is nobody's.
-        self.end = file.size - file.size % header.cluster_size
+        #: Where the next table or cluster goes: a piece of a cluster at the end of the file is nobody's. The file counts
+        #: in whole sectors, as for the peer.
+        self.end = -(-file.size // SECTOR) * SECTOR // header.cluster_size * header.cluster_size
         self._l1_waiting: set[int] = set()
 
     @property

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from vm_core.block.format import BackingReference, Format
 from vm_core.block.mapping import Allocation, Kind, Mapping
 from vm_core.block.node import Node
-from vm_core.block.tables import dump, load, run_length, runs
+from vm_core.block.tables import dump, load, places, run_length, runs
 from vm_core.errors import ImageError, UsageError
 
 from .header import SECTOR, STATIC, ZERO, Header, read_header
@@ -73,13 +73,16 @@ class Vdi(Format):
         fault = self._cut_off() if len(self._map) < self.header.blocks_in_image else self.header.misplaced()
         if fault:
             raise self._error(f"{fault}: open it read-only")
-        used = [number for number in self._map if number < ZERO]
-        top = max(used, default=-1)
-        if top >= self.header.blocks_in_image:
-            raise self._error(f"the block map names block {top} of {self.header.blocks_in_image}: open it read-only")
-        if len(set(used)) != len(used):
-            raise self._error("the block map names blocks twice: open it read-only")
-        self._next = top + 1
+        end = 0
+        for number, count, _ in sorted(places(self._map, ZERO, 1)):
+            if number < end:
+                raise self._error(f"the block map names block {number} twice: open it read-only")
+            end = number + count
+        if end > self.header.blocks_in_image:
+            raise self._error(
+                f"the block map names block {end - 1} of {self.header.blocks_in_image}: open it read-only"
+            )
+        self._next = end
 
     def _cut_off(self) -> str:
         header = self.header

@@ -18,11 +18,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
-from itertools import pairwise
 from typing import NamedTuple
 
 from vm_core.block.node import Node
-from vm_core.block.tables import dump, load, runs
+from vm_core.block.tables import dump, load, places, runs
 from vm_core.errors import ImageError
 
 from .footer import FOOTER_LENGTH, HEADER_LENGTH, SECTOR, DynamicHeader, Footer, footer_at_end, seal, sealed
@@ -60,9 +59,8 @@ class Table:
         table_end = self.offset + 4 * count
         #: Where the next block goes.
         self.end = -(-max(table_end, footer.data_offset + HEADER_LENGTH, metadata) // SECTOR) * SECTOR
-        top = max((entry for entry in self.entries if entry != UNUSED), default=None)
-        if top is not None:
-            self.end = max(self.end, top * SECTOR + self.stride)
+        for start, length in self._places():
+            self.end = max(self.end, start * SECTOR + length * self.stride)
         if self.end > -(-file.size // SECTOR) * SECTOR:
             raise truncated(name)
         #: Sectors of the table that differ from those on disk.
@@ -77,19 +75,21 @@ class Table:
 
         A footer that is missing or broken at the end of the file is put back with the next flush.
         """
-        end = footer_at_end(self.file)
-        self._moved = end is None or not sealed(end[1], 64)
-        used = sorted(entry for entry in self.entries if entry != UNUSED)
-        step = self.stride // SECTOR
+        footer = footer_at_end(self.file)
+        self._moved = footer is None or not sealed(footer[1], 64)
         first, last = self.offset // SECTOR, -(-(self.offset + 4 * len(self.entries)) // SECTOR)
-        for one in used:
-            if one == 0 or (one < last and one + step > first):
-                raise self._damaged(f"sector {one}, where metadata is")
-            if one >= last:
-                break
-        for one, two in pairwise(used):
-            if two - one < step:
-                raise self._damaged(f"overlapping blocks at sectors {one} and {two}")
+        step = self.stride // SECTOR
+        end = 0
+        for start, length in sorted(self._places()):
+            if start == 0 or (start < last and start + length * step > first):
+                raise self._damaged(f"sector {start}, where metadata is")
+            if start < end:
+                raise self._damaged(f"overlapping blocks at sector {start}")
+            end = start + length * step
+
+    def _places(self) -> list[tuple[int, int]]:
+        """Runs of blocks one behind the other: the first one's sector, how many."""
+        return [(start, length) for start, length, _ in places(self.entries, UNUSED, self.stride // SECTOR)]
 
     def _damaged(self, what: str) -> ImageError:
         return ImageError(self.name, f"the block allocation table names {what}: open it read-only")

@@ -131,8 +131,15 @@ class _Zeroes:
             end -= end % grain
         if start >= end:
             return
+        node = self.node
         try:
-            self.node.zero(start, end - start, unmap=True)
+            if isinstance(node, FormatNode) and node.backing is None:
+                # Nothing shows through here: what is not there at all is shortest. Some formats do not discard.
+                node.discard(start, end - start)
+                if all(run.kind is not Kind.DATA for run in node.map(start, end - start)):
+                    self.found.append(end - start)
+                    return
+            node.zero(start, end - start, unmap=True)
         except OSError as error:
             raise CopyError("writing", start, error) from None
         self.found.append(end - start)

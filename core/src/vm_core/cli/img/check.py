@@ -80,7 +80,6 @@ def _check(tool: Tool, node: Node, repair: str, as_json: bool) -> int:
             tool.say("The following inconsistencies were found and repaired:\n")
             tool.say(f"    {fixed_leaks} leaked clusters\n    {fixed_corruptions} corruptions\n")
             tool.say("Double checking the fixed image now...")
-            sys.stdout.flush()
         result = {**_collect(tool, node, ""), "corruptions-fixed": fixed_corruptions, "leaks-fixed": fixed_leaks}
     if as_json:
         shown = {name: value for name, value in result.items() if value or name not in _OPTIONAL}

@@ -381,11 +381,11 @@ def _check_bitmaps(given: _Arguments, sources: list[Node]) -> None:
         raise Failure("Source lacks bitmap support")
     if not given.skip_broken_bitmaps:
         with source.quiesce() as driver_:
-            for bitmap in driver_.bitmaps():
+            for bitmap in reversed(driver_.bitmaps()):  # as the peer keeps them: newest first
                 if "in-use" in bitmap["flags"]:
                     raise Failure(
                         f"Cannot copy inconsistent bitmap '{bitmap['name']}'\n"
-                        "Try --skip-broken-bitmaps, or use 'qemu-img bitmap --remove'"
+                        "Try --skip-broken-bitmaps, or use 'qemu-img bitmap --remove' to delete it"
                     )
 
 
@@ -394,7 +394,7 @@ def _copy_bitmaps(tool: Tool, given: _Arguments, source: Node, target: FormatNod
 
     assert isinstance(source, FormatNode)
     with source.quiesce() as old, target.quiesce() as new:
-        for bitmap in old.bitmaps():
+        for bitmap in reversed(old.bitmaps()):
             name = bitmap["name"]
             if "in-use" in bitmap["flags"]:
                 tool.warn(f"Skipping inconsistent bitmap '{name}'")
