@@ -204,8 +204,7 @@ class Blkdebug(Filter):
         limits = self.limits
         self._changed = True
         for begin, step in fragments(offset, length, self._align, limits.opt_discard, limits.max_discard):
-            # Parts of what is preferred cannot be given back.
-            if not (begin % self._align or step % self._align or step < limits.opt_discard):
+            if not (begin % self._align or step % self._align):  # parts of blocks cannot be given back
                 self.engine.check(DISCARD, begin, step)
                 self.file.discard(begin, step)
 

@@ -100,14 +100,10 @@ class Encryption:
 
 
 def check_extension(header: Header, found: Sequence[Extension], name: str) -> HeaderPointer | None:
-    """Where the encryption header is. Raises ImageError where there should be none, or where it cannot be."""
+    """Where the encryption header is. Raises ImageError where it cannot be."""
     data = find(found, ENCRYPTION_HEADER)
     if data is None:
         return None
-    if header.crypt_method != METHODS["luks"]:
-        raise ImageError(name, "CRYPTO header extension only expected with LUKS encryption method")
-    if len(data) != HeaderPointer.LENGTH:
-        raise ImageError(name, f"CRYPTO header extension size {len(data)}, but expected size {HeaderPointer.LENGTH}")
     pointer = HeaderPointer.parse(data)
     cluster_size = 1 << header.cluster_bits
     if pointer.offset % cluster_size:

@@ -17,6 +17,8 @@ BACKING_FORMAT = 0xE2792ACA
 FEATURE_NAME_TABLE = 0x6803F857
 BITMAPS = 0x23852875
 ENCRYPTION_HEADER = 0x0537BE77
+#: ``crypt_method`` of images with an encryption header, and the bytes of the extension that points at that.
+CRYPT_LUKS, POINTER_LENGTH = 2, 16
 #: Bytes of a format's name that QEMU does not take any more.
 MAX_FORMAT_NAME = 16
 DATA_FILE_NAME = 0x44415441
@@ -71,6 +73,14 @@ def read_extensions(file: Node, header: Header, name: str) -> list[Extension]:
             raise ImageError(name, "Header extension too large")
         if head.type == END:
             break
+        if head.type == ENCRYPTION_HEADER:
+            # Told before what follows is looked at, as by QEMU.
+            if header.crypt_method != CRYPT_LUKS:
+                raise ImageError(name, "CRYPTO header extension only expected with LUKS encryption method")
+            if head.length != POINTER_LENGTH:
+                raise ImageError(
+                    name, f"CRYPTO header extension size {head.length}, but expected size {POINTER_LENGTH}"
+                )
         if head.type == BACKING_FORMAT and head.length >= MAX_FORMAT_NAME:
             raise ImageError(name, f"ERROR: ext_backing_format: len={head.length} too large (>={MAX_FORMAT_NAME})")
         found.append(Extension(head.type, area[start : start + head.length]))

@@ -56,7 +56,7 @@ class Tables:
         self._page = min(PAGE, header.entries)
         self._pages: OrderedDict[tuple[int, int], array[int]] = OrderedDict()
         self._waiting: set[tuple[int, int]] = set()
-        #: Where the next table or cluster goes: a piece of a cluster at the end of the file is nobody's. The file counts
+        #: Where the next table or cluster goes: a piece of a cluster at the end of the file belongs to none. It counts
         #: in whole sectors, as for the peer.
         self.end = -(-file.size // SECTOR) * SECTOR // header.cluster_size * header.cluster_size
         self._l1_waiting: set[int] = set()

@@ -11,6 +11,7 @@ _OPTIONS = (
         "str",
         "Force disk size calculation to use either CHS geometry, or use the disk current_size specified in the VHD "
         "footer. {chs, current_size}",
+        defining=True,
     ),
 )
 
