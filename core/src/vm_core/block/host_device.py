@@ -51,7 +51,8 @@ class HostDeviceProtocol(FileProtocol):
     def _check_type(cls, fd: int, filename: str) -> None:
         mode = os.fstat(fd).st_mode
         if not (stat.S_ISBLK(mode) or stat.S_ISCHR(mode)):
-            raise ImageError(filename, f"'host_device' driver requires '{filename}' to be either a character or block device")
+            told = f"'host_device' driver requires '{filename}' to be either a character or block device"
+            raise ImageError(filename, told)
 
     @classmethod
     def create(cls, options: dict[str, Any], size: int) -> None:

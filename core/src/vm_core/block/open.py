@@ -303,9 +303,7 @@ def create_image(
     """
     from .create import prepare
 
-    new = prepare(
-        filename, format, size, options, check_backing=check_backing, need_format=check_backing, gate=gate
-    )
+    new = prepare(filename, format, size, options, check_backing=check_backing, need_format=check_backing, gate=gate)
     new.create()
 
 

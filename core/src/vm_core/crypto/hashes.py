@@ -26,7 +26,7 @@ _rates: dict[tuple[str, int], int] = {}
 
 def digest(name: str, data: bytes) -> bytes:
     """The digest of *data*. Raises UsageError where the hash is not to be had."""
-    return hasher(name)(data).digest()
+    return bytes(hasher(name)(data).digest())
 
 
 def hasher(name: str) -> Callable[[bytes], Any]:

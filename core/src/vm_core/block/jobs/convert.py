@@ -24,6 +24,7 @@ from ..node import Node
 from ..raw import RawNode
 from . import pipeline
 from .job import Job
+from .memory import trim
 from .source import SECTOR, STEP, Request, Run, Source, Warn, read_request, read_segment, requests
 from .zeroes import all_zero, data_runs
 
@@ -31,6 +32,8 @@ from .zeroes import all_zero, data_runs
 SPARSE = 4096
 #: Bytes that are compressed as one piece of work.
 ENCODE_STEP = 512 * 1024
+#: Pieces of work after which the codecs' memory is given back.
+TRIM_EVERY = 32
 #: Images smaller than this are not worth a second thread.
 SMALL = 4 * 1024 * 1024
 
@@ -370,6 +373,9 @@ class _Conversion:
 
             self.job.throttle(length)
             self._in_turn(request, place)
+        if request.number % TRIM_EVERY == TRIM_EVERY - 1:
+            encoded.clear()
+            trim()
         self._advance(request)
 
     def _place(
