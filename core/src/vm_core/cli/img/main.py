@@ -62,6 +62,9 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:  # file names are bytes: they go out as they came in
             reconfigure(errors="surrogateescape")
+    if hasattr(sys.stdout, "reconfigure") and not sys.stdout.isatty():
+        # Whole at the end, like the peer's, also under PYTHONUNBUFFERED: both streams mix in its order then.
+        sys.stdout.reconfigure(write_through=False)
     try:
         code = _run(tool, list(sys.argv[1:] if words is None else words))
         sys.stdout.flush()
