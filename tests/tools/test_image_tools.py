@@ -152,7 +152,8 @@ def test_dd(chain: Both, case: str) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        "-c 100 a.qcow2", "-c 50 -d 4 -w a.qcow2", "-c 20 -d 4 -w --pattern 3 --flush-interval 5 -o 512 -s 4k -S 8k a.qcow2",
+        "-c 100 a.qcow2", "-c 50 -d 4 -w a.qcow2",
+        "-c 20 -d 4 -w --pattern 3 --flush-interval 5 -o 512 -s 4k -S 8k a.qcow2",
         "-c 20 -w -d 3 --no-drain --flush-interval 10 a.qcow2", "-c 10 --flush-interval 2 a.qcow2", "-c x a.qcow2",
         "-d x a.qcow2", "-o x a.qcow2", "-s x a.qcow2", "-S x a.qcow2", "--pattern 256 a.qcow2", "-i foo a.qcow2",
         "-t foo a.qcow2", "-w -d 3 --no-drain --flush-interval 2 a.qcow2", "-q -c 1 a.qcow2", "", "-c 10 nope",

@@ -19,6 +19,9 @@ docstrings are its own.
 ``order``           the order in which all that reaches the disk
 ``compression``     compressed clusters
 ``writing``         taking, entering, zeroing and giving back guest clusters and subclusters
+``encryption``      LUKS and the old AES
+``headerarea``      header, extensions and backing name, written anew
+``amend``           changing an image's version, refcount width and keys
 ``preallocation``   host space before anybody writes
 ``runtime``         the options with which an image is opened
 ``snapshots``       the table of internal snapshots
