@@ -26,8 +26,15 @@ def usb_qcow2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prompt_and_list(guest: Guest, device: str, expected: str) -> None:
     """Reach GRUB's prompt, list the boot device and see *expected* there."""
     guest.expect(r"highlighted entry", 90)
-    guest.send("c")
-    guest.expect(r"grub>", 30)
+    for attempt in range(3):
+        # The menu is drawn before GRUB looks at its keys; one that comes too early is lost.
+        guest.send("c")
+        try:
+            guest.expect(r"grub>", 20)
+            break
+        except pytest.fail.Exception:
+            if attempt == 2:
+                raise
     guest.send(f"ls {device}\r")
     guest.expect(expected, 30)
     guest.expect(r"grub>", 30)

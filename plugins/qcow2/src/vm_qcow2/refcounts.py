@@ -16,7 +16,7 @@ from collections import OrderedDict
 from vm_core.block.notices import notice
 
 from .geometry import MAX_REFTABLE_BYTES, Geometry
-from .header import check_table
+from .header import check_table, human
 from .store import Store, alternate, swap
 
 _CODES = {8: "B", 16: "H", 32: "I", 64: "Q"}
@@ -85,6 +85,13 @@ class Refcounts:
         )
         if not count and not check:
             raise store.error("Image does not contain a reference count table")
+        length = store.file.size
+        if header.refcount_table_offset >= length and not check and not store.readonly:
+            # It would count nothing, and the first allocation would find the header's cluster free.
+            raise store.error(
+                f"refcount table at {header.refcount_table_offset:#x} lies outside the file ({human(length)}); "
+                "check -r all makes a new one"
+            )
         # As everywhere, what lies past the end of the file is zero.
         self.table = swap(array("Q", store.file.pread(header.refcount_table_offset, count * 8)))
         #: Table entries that are not on disk yet.
