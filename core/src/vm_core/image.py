@@ -27,7 +27,7 @@ from .block.extents import walk
 from .block.mapping import Kind
 from .block.node import Node
 from .block.open import create_image, open_node
-from .errors import UsageError
+from .errors import UsageError, VmError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer as _Buffer
@@ -226,6 +226,14 @@ class Image(io.RawIOBase):
     def fileno(self) -> int:
         """Not supported: a descriptor would show the file, not the image."""
         raise io.UnsupportedOperation("an image has no file descriptor; its bytes are not the file's")
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Close; where the body failed already, its error is the one that is told."""
+        try:
+            self.close()
+        except (OSError, VmError):
+            if error is None:
+                raise
 
     def close(self) -> None:
         """Flush and close, with all images below."""
