@@ -142,7 +142,7 @@ def test_damaged_image(image: Path, name: str, mode: str) -> None:
     before = image.read_bytes()
     code, out, err, seconds, peak = probe(image, mode)
     # What marks an image as corrupt is told at once, in a line of the peer's.
-    assert not err or (len(err.splitlines()) == 1 and "image as corrupt" in err or "Image is corrupt" in err), err
+    assert not err or (len(err.splitlines()) == 1 and ("image as corrupt" in err or "Image is corrupt" in err)), err
     assert code in ((0, 1) if words is None or not words else (1,)), out
     if code:
         assert len(out.splitlines()) == 1, out
