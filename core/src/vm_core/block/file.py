@@ -40,6 +40,9 @@ IOV_MAX = 1024
 with suppress(AttributeError, OSError, ValueError):  # no sysconf (Windows), or it does not know
     IOV_MAX = os.sysconf("SC_IOV_MAX")
 
+#: Bytes that one system call writes. For aligned writes of 2 MiB and more Linux takes huge pages into the page cache,
+#: and finding those costs many times what is saved.
+WRITE_MAX = 1024 * 1024
 #: Bytes that a bounce buffer holds.
 BOUNCE = 1024 * 1024
 #: Bytes at the start of a new file that have host space at once.
@@ -391,7 +394,9 @@ class FileProtocol(Protocol):
                 done = 0
                 stable = bool(flags)
                 while done < length:
-                    rest = buffers if not done else cut(buffers, done, length - done)
+                    rest = buffers
+                    if done or length > WRITE_MAX:
+                        rest = cut(buffers, done, min(WRITE_MAX, length - done))
                     if len(rest) > IOV_MAX:
                         rest = rest[:IOV_MAX]
                     if flags:

@@ -81,12 +81,13 @@ def _grow(image: Qcow2, size: int, preallocation: str, hide: bool) -> None:
 def _shrink(image: Qcow2, size: int) -> None:
     store = image.store
     unused_blocks(image)
+    former = store.header.size
     store.header.size = size
     image.order.write_back()
     store.write_header("size")
     store.barrier()
     _clear_tail(image, size)
-    _drop_from(image, size)
+    _drop_from(image, size, former)
     image.order.write_back()
     if store.geometry.external:
         image.data.truncate(size)
@@ -161,13 +162,20 @@ def _clear_tail(image: Qcow2, size: int) -> None:
             run.storage.zero(run.host, rest)
 
 
-def _drop_from(image: Qcow2, size: int) -> None:
-    """Give back every cluster wholly beyond *size*, and the L2 tables of which nothing is left."""
+def _drop_from(image: Qcow2, size: int, former: int = 0) -> None:
+    """Give back every cluster wholly beyond *size*, and the L2 tables of which nothing is left.
+
+    An image that shrinks from *former* bytes gets the L2 table that *size* lies in, where the peer's gets one.
+    """
     geometry, tables = image.geometry, image.tables
     start = -(-size >> geometry.cluster_bits) << geometry.cluster_bits
     limit = len(tables.l1) << geometry.guest_bits
     if start >= limit:
         return
+    border = -(-start >> geometry.guest_bits) << geometry.guest_bits
+    kept = min(former, border) - start
+    if kept > 0:
+        image.writer.drop(start, kept, zero=False, unallocated_too=False, create=True)
     image.writer.drop(start, limit - start, zero=False, unallocated_too=False)
     for index in range(geometry.l1_entries_for(size), len(tables.l1)):
         if tables.l1[index]:
