@@ -83,7 +83,7 @@ class Vmdk(Format):
             self.cluster_size = max(self._size, 1)
         self.special_unit = max([extent.grain for extent in self.extents if extent.compressed], default=None)
         self.compressed_only = any(extent.compressed for extent in self.extents)
-        self.transparent = all(isinstance(extent, FlatExtent) for extent in self.extents) and bool(self.extents)
+        self.sparse = all(isinstance(extent, FlatExtent) for extent in self.extents) and bool(self.extents)
 
     # Opening
 
