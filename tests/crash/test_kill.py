@@ -72,4 +72,4 @@ def test_kill_9_while_the_guest_writes(tmp_path: Path, options: str, cache: str)
             if found != sector(i):
                 allowed = [j for j in later.get(at, ()) if sector(j) == found]
                 assert allowed, f"sector {at}, flushed by write {i} of {flushed}, holds something else"
-    assert most > 100, "the guest hardly wrote"
+    assert most > 20, "the guest hardly wrote"
