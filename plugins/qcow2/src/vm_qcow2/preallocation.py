@@ -35,6 +35,9 @@ def preallocate(image: Qcow2, start: int, end: int, mode: str, *, used: bool = F
         if start < end:
             _in_one_piece(image, start, end, mode, used)
     else:
+        if image.backing_reference is not None:
+            # The cluster that the image ended in may show the backing image's bytes: it is filled when it is written.
+            start = min(-(-start >> image.geometry.cluster_bits) << image.geometry.cluster_bits, end)
         _metadata(image, start, end)
         if image.geometry.external and mode in ("falloc", "full"):
             image.data.reserve(start, end - start, full=mode == "full")
