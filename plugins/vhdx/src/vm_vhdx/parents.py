@@ -7,11 +7,11 @@ that the image remembers, else the parent has been changed since.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from vm_core.errors import GateError, ImageError
+from vm_core.block.parents import first_parent
+from vm_core.errors import ImageError
 
 from . import guids
 from .headers import LENGTH, PLACES, SIGNATURE, Header, sealed
@@ -25,29 +25,13 @@ def find_parent(locator: dict[str, str], name: str, context: OpenContext) -> str
 
     Where no file is there, the first of the names: opening it tells what is missing.
     """
-    names = list(dict.fromkeys(_names(locator)))
-    if not names:
-        raise ImageError(name, "a differencing image that names no parent: give backing.file.filename=PATH")
-    if context.backing_given or context.gate.closed or not context.follow_backing:
-        return names[0]
-    refused = ""
-    for reference in names:
-        path = os.path.join(os.path.dirname(name), reference)
-        try:
-            context.gate.check(name, "backing", reference, path)
-        except GateError:
-            refused = refused or reference
-            continue
-        try:
-            found = _data_write_guid(path)
-        except (OSError, ValueError):
-            continue
-        _check(found, locator, reference, name)
-        return reference
-    # The gate's words say more about a file that is there than that another one is missing.
-    if refused and os.path.exists(os.path.join(os.path.dirname(name), refused)):
-        return refused
-    return names[0]
+    return first_parent(
+        _names(locator),
+        name,
+        context,
+        _data_write_guid,
+        lambda found, reference, path: _check(found, locator, reference, name),
+    )
 
 
 def _names(locator: dict[str, str]) -> Iterator[str]:

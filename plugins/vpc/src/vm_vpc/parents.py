@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vm_core.block.node import Node
-from vm_core.errors import GateError, ImageError
+from vm_core.block.parents import first_parent
+from vm_core.errors import ImageError
 
 from .footer import (
     ABSOLUTE,
@@ -38,30 +39,12 @@ def find_parent(file: Node, header: DynamicHeader, raw: bytes, name: str, contex
 
     Where no file is there, the first of the names: opening it tells what is missing.
     """
-    names = list(dict.fromkeys(_names(file, header, raw)))
-    if not names:
-        raise ImageError(name, "a differencing image that names no parent: give backing.file.filename=PATH")
-    if context.backing_given or context.gate.closed or not context.follow_backing:
-        return names[0]
-    refused = ""
-    for reference in names:
-        path = os.path.join(os.path.dirname(name), reference)
-        try:
-            context.gate.check(name, "backing", reference, path)
-        except GateError:
-            refused = refused or reference
-            continue
-        try:
-            footer = _read_footer(path)
-        except (OSError, ValueError):
-            continue
+
+    def check(footer: Footer | None, reference: str, path: str) -> None:
         if footer is not None:
             _check(footer, header, reference, path, name, context)
-        return reference
-    # The gate's words say more about a file that is there than that another one is missing.
-    if refused and os.path.exists(os.path.join(os.path.dirname(name), refused)):
-        return refused
-    return names[0]
+
+    return first_parent(_names(file, header, raw), name, context, _read_footer, check)
 
 
 def _names(file: Node, header: DynamicHeader, raw: bytes) -> Iterator[str]:
