@@ -8,6 +8,8 @@ zero, or both lie at one place of one file, nothing is read.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import ne
+from struct import Struct
 from typing import NamedTuple
 
 from ..extents import Extent, walk
@@ -20,8 +22,10 @@ from .convert import CopyError
 from .job import Job
 from .source import SECTOR, Segment, Source, is_direct, read_segment
 
-#: Bytes compared and written at a time.
+#: Bytes that are written at a time.
 PIECE = 2 * 1024 * 1024
+#: Bytes of both chains that are read and compared at a time: they stay in the processor's cache.
+STEP = 256 * 1024
 
 
 def rebase(
@@ -50,6 +54,14 @@ class _Piece(NamedTuple):
     ended: bool
 
 
+class _Change(NamedTuple):
+    """Bytes from *start* to *end* of a piece that differ: what they were, in parts."""
+
+    start: int
+    end: int
+    data: list[bytes]
+
+
 class _Rebase:
     def __init__(self, image: FormatNode, new: Node | None, compressed: bool, job: Job, workers: int) -> None:
         self.image = image
@@ -59,6 +71,9 @@ class _Rebase:
         self.job = job
         self.workers = workers
         self.turns = pipeline.Turns()
+        #: Where the bytes go that were not written yet because the next piece may go on there; and they.
+        self.held_at = 0
+        self.held: list[bytes] = []
 
     def run(self) -> None:
         size = self.image.size
@@ -68,9 +83,10 @@ class _Rebase:
             self._pieces(),
             self._work,
             workers=workers,
-            make_state=lambda: (bytearray(PIECE), bytearray(PIECE)),
+            make_state=lambda: (bytearray(STEP), bytearray(STEP)),
             turns=self.turns,
         )
+        self._release()
         self.job.finish()
 
     # Planning
@@ -131,41 +147,76 @@ class _Rebase:
 
     def _work(self, piece: _Piece, buffers: tuple[bytearray, bytearray]) -> None:
         self.job.check()
-        length = piece.length
-        for buffer, segment in zip(buffers, (piece.old, piece.new), strict=True):
-            if length > len(buffer):
-                buffer.extend(bytes(length - len(buffer)))
-            with memoryview(buffer) as view:
-                try:
-                    read_segment(segment or Segment(0, length, None, -1), view)
-                except OSError as error:
-                    raise CopyError("reading", piece.offset, error) from None
-        old, new = buffers
-        runs = _differing(old, new, length)
+        changes: list[_Change] = []
+        for start in range(0, piece.length, STEP):
+            length = min(STEP, piece.length - start)
+            for buffer, segment in zip(buffers, (piece.old, piece.new), strict=True):
+                _read(buffer, segment, piece.offset, start, length)
+            old, new = buffers
+            for begin, end in _differing(old, new, length):
+                if changes and changes[-1].end == start + begin:
+                    changes[-1].data.append(bytes(old[begin:end]))
+                    changes[-1] = changes[-1]._replace(end=start + end)
+                else:
+                    changes.append(_Change(start + begin, start + end, [bytes(old[begin:end])]))
         self.turns.wait(piece.number)
-        if runs:
-            self.job.throttle(length)
-            try:
-                self._write(piece, old, runs)
-            except OSError as error:
-                raise CopyError("writing", piece.offset, error) from None
+        if changes:
+            self.job.throttle(piece.length)
+            if self.compressed:
+                self._encode(piece, changes)
+            else:
+                self._write(piece, changes)
         self.turns.done()
 
-    def _write(self, piece: _Piece, data: bytearray, runs: list[tuple[int, int]]) -> None:
-        image = self.image
-        with memoryview(data) as view:
-            if not self.compressed:
-                for start, end in runs:
-                    if piece.ended:
-                        image.zero(piece.offset + start, end - start)
-                    else:
-                        image.write(piece.offset + start, (view[start:end],))
-                return
-            cluster = image.cluster_size
-            for start in range(0, piece.length, cluster):
-                stop = min(start + cluster, piece.length)
-                if any(begin < stop and start < end for begin, end in runs):
-                    image.write_compressed(piece.offset + start, (view[start:stop],))
+    def _write(self, piece: _Piece, changes: list[_Change]) -> None:
+        """Write the changes of one piece; what adjoins, within :data:`PIECE` bytes, is one request."""
+        for change in changes:
+            start = piece.offset + change.start
+            end = self.held_at + sum([len(data) for data in self.held])
+            if piece.ended or start != end or start % PIECE == 0:
+                self._release()
+            if piece.ended:
+                try:
+                    self.image.zero(start, change.end - change.start)
+                except OSError as error:
+                    raise CopyError("writing", start, error) from None
+                continue
+            if not self.held:
+                self.held_at = start
+            self.held += change.data
+
+    def _release(self) -> None:
+        """Write what was held back."""
+        if self.held:
+            try:
+                self.image.write(self.held_at, [memoryview(data) for data in self.held])
+            except OSError as error:
+                raise CopyError("writing", self.held_at, error) from None
+            self.held = []
+
+    def _encode(self, piece: _Piece, changes: list[_Change]) -> None:
+        """Write the clusters in which something differs."""
+        cluster = self.image.cluster_size
+        buffer = bytearray(cluster)
+        for start in range(0, piece.length, cluster):
+            stop = min(start + cluster, piece.length)
+            if any(change.start < stop and start < change.end for change in changes):
+                _read(buffer, piece.old, piece.offset, start, stop - start)
+                try:
+                    with memoryview(buffer) as view:
+                        self.image.write_compressed(piece.offset + start, (view[: stop - start],))
+                except OSError as error:
+                    raise CopyError("writing", piece.offset + start, error) from None
+
+
+def _read(buffer: bytearray, segment: Segment | None, offset: int, start: int, length: int) -> None:
+    """Fill the beginning of *buffer* with *length* bytes from byte *start* of a piece at *offset* on; None: zeroes."""
+    part = Segment(0, length, None, -1) if segment is None else segment.part(start, length)
+    with memoryview(buffer) as view:
+        try:
+            read_segment(part, view)
+        except OSError as error:
+            raise CopyError("reading", offset + start, error) from None
 
 
 def _same(one: Extent, two: Extent) -> bool:
@@ -182,20 +233,35 @@ def _same(one: Extent, two: Extent) -> bool:
     return one.host - one.offset == two.host - two.offset and one.owner.driver == two.owner.driver
 
 
+#: The sectors of a block, taken apart in one call.
+_SECTORS = Struct("512s" * 64)
+
+
 def _differing(old: bytearray, new: bytearray, length: int) -> list[tuple[int, int]]:
     """The (start, end) of runs of sectors in which the first *length* bytes differ."""
     if old[:length] == new[:length] if length != len(old) or len(old) != len(new) else old == new:
         return []
     runs: list[tuple[int, int]] = []
-    step = 64 * SECTOR
+    step = _SECTORS.size
     for block in range(0, length, step):
-        if old[block : min(block + step, length)] == new[block : min(block + step, length)]:
+        one, two = old[block : min(block + step, length)], new[block : min(block + step, length)]
+        if one == two:
             continue
-        for start in range(block, min(block + step, length), SECTOR):
-            end = min(start + SECTOR, length)
-            if old[start:end] != new[start:end]:
-                if runs and runs[-1][1] == start:
-                    runs[-1] = (runs[-1][0], end)
-                else:
-                    runs.append((start, end))
+        if len(one) == step:
+            unlike = list(map(ne, _SECTORS.unpack(one), _SECTORS.unpack(two)))
+            if all(unlike):
+                _join(runs, block, block + step)
+                continue
+        else:
+            unlike = [one[at : at + SECTOR] != two[at : at + SECTOR] for at in range(0, len(one), SECTOR)]
+        for start, differs in zip(range(block, length, SECTOR), unlike, strict=False):
+            if differs:
+                _join(runs, start, min(start + SECTOR, length))
     return runs
+
+
+def _join(runs: list[tuple[int, int]], start: int, end: int) -> None:
+    if runs and runs[-1][1] == start:
+        runs[-1] = (runs[-1][0], end)
+    else:
+        runs.append((start, end))
