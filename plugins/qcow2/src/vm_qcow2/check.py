@@ -25,7 +25,7 @@ from vm_core.block import notices
 from vm_core.block.structs import Record, u8, u16, u32, u64
 from vm_core.errors import BlockError
 
-from . import extensions, features
+from . import extensions, features, scattered
 from .entries import ALL_ALLOCATED, Run, State, all_runs
 from .geometry import COMPRESSED, COPIED, L1_RESERVED, L2_RESERVED, MAX_L1_BYTES, OFFSET_MASK, ZERO
 from .references import PIECE, PIECE_BITS, References
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 KEPT_TABLES = 1024
 #: Runs of an active L2 table that are kept until its COPIED bits are looked at.
 FEW_RUNS = 16
+#: Bits of refcounts that no image's references reach, so that the order of counting cannot be seen.
+MANY = 16
 #: Entries of all snapshots' L1 tables together that are looked at.
 MAX_SNAPSHOT_ENTRIES = 1 << 28
 #: Findings that are kept to be returned; with more, those before are told at once.
@@ -324,6 +326,15 @@ class _Checker:
         entries, bitmaps = table.entries, table.bitmaps
         expected = 0
         changed: list[int] = []
+        plain = scattered.plain_entries(entries, geometry) if geometry.refcount_bits >= MANY else None
+        if plain is not None:
+            hosts = [entry & OFFSET_MASK for entry in plain]
+            if max(hosts) < size:
+                if active:
+                    result.allocated += len(hosts)
+                    result.fragmented += scattered.jumps(hosts, geometry)
+                yield from scattered.clusters(hosts, geometry)
+                return
         found = all_runs(entries, None, 0, len(entries), geometry)
         if active and len(found) <= FEW_RUNS:
             self._active[table.offset] = found
@@ -696,11 +707,28 @@ class _Checker:
                         return False
         return True
 
+    def _scattered_right(self, entries: array[int]) -> bool:
+        """Whether this is a table of many short runs whose COPIED bits are all right."""
+        geometry, refcounts = self.geometry, self.image.refcounts
+        plain = scattered.plain_entries(entries, geometry)
+        if plain is None:
+            return False
+        copied = [entry ^ COPIED for entry in plain if entry & COPIED]
+        shared = [entry for entry in plain if not entry & COPIED]
+        try:
+            return all(refcounts.all_one(*run) for run in scattered.clusters(copied, geometry)) and not any(
+                refcounts.any_one(*run) for run in scattered.clusters(shared, geometry)
+            )
+        except OSError:
+            return False
+
     def _check_table(self, table: L2Table, word: str) -> list[int]:
         """Tell where the COPIED bits of an L2 table contradict the refcounts; returns the entries."""
         geometry, refcounts = self.geometry, self.image.refcounts
         bits = geometry.cluster_bits
         entries = table.entries
+        if self._scattered_right(entries):
+            return []
         wrong: list[int] = []
         for run in all_runs(entries, None, 0, len(entries), geometry):
             host = run.host
