@@ -1,6 +1,7 @@
 """``python -m bench [NAME…]``: print a table of ratios against the peer (below 1: faster than it).
 
-``tools`` stands for all of vm-img's benchmarks, ``boot`` for those of whole machines.
+``tools`` stands for all of vm-img's benchmarks, ``requests`` for those of the host-I/O engines, ``boot`` for those of
+whole machines.
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from .interleave import Result, interleave
+
+if TYPE_CHECKING:
+    from .tools import Bench
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,26 +32,28 @@ def main() -> int:
     # The guests are made by the same code as the tests' guests.
     sys.path.insert(0, str(ROOT / "tests"))
 
-    from .tools import BENCHES
+    from .requests import BENCHES as REQUESTS
+    from .tools import BENCHES as TOOLS
 
+    benches = {**TOOLS, **REQUESTS}
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    known = ", ".join(("boot", *BOOT, "tools", *BENCHES))
+    known = ", ".join(("boot", *BOOT, "tools", *TOOLS, "requests", *REQUESTS))
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {known} (default: all)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--work", type=Path, help="a folder for images, kept for the next run (default: temporary)")
     options = parser.parse_args()
     names: list[str] = []
-    for name in options.names or ["boot", "tools"]:
-        names += {"boot": BOOT, "tools": tuple(BENCHES)}.get(name, (name,))
+    for name in options.names or ["boot", "tools", "requests"]:
+        names += {"boot": BOOT, "tools": tuple(TOOLS), "requests": tuple(REQUESTS)}.get(name, (name,))
     for name in names:
-        if name not in BOOT and name not in BENCHES:
+        if name not in BOOT and name not in benches:
             parser.error(f"no benchmark {name!r}; there is {known}")
     with tempfile.TemporaryDirectory() as folder:
         work = options.work or Path(folder)
         if any(name in BOOT for name in names):
             boots(work, [name for name in names if name in BOOT], options.rounds)
-        if any(name in BENCHES for name in names):
-            images(work, [name for name in names if name in BENCHES], options.rounds)
+        if any(name in benches for name in names):
+            images(work, {name: benches[name] for name in names if name in benches}, options.rounds)
     return 0
 
 
@@ -69,18 +76,17 @@ def boots(work: Path, names: list[str], rounds: int) -> None:
     Console(width=110).print(table)
 
 
-def images(work: Path, names: list[str], rounds: int) -> None:
+def images(work: Path, benches: dict[str, Bench], rounds: int) -> None:
     """vm-img and vm-io."""
     from .images import Images
-    from .tools import BENCHES
 
     table = Table(
         "work", "qemu, s", "vm, s", "ratio", "goal", "cpu ratio", "memory", title="medians, interleaved; ratios vm/qemu"
     )
     found = Images(work)
-    for name in names:
+    for name, bench in benches.items():
         try:
-            one = BENCHES[name](found, rounds)
+            one = bench(found, rounds)
         except subprocess.CalledProcessError as error:
             table.add_row(name, "", "", f"failed: {error.returncode}")
             continue

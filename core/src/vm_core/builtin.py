@@ -62,6 +62,14 @@ def vm_protocol_drivers() -> Iterable[ProtocolDriver]:
             capabilities=frozenset({"local", "write", "create"}),
             options=(_FILENAME, _LOCKING, _AIO),
         ),
+        ProtocolDriver(
+            name="host_cdrom",
+            summary="a CD or DVD drive of this host, with a disc in it or without",
+            implementation="vm_core.block.host_cdrom:HostCdromProtocol",
+            prefixes=("host_cdrom",),
+            capabilities=frozenset({"local", "write", "create"}),
+            options=(_FILENAME, _LOCKING, _AIO),
+        ),
     ]
 
 

@@ -25,7 +25,8 @@ KNOWN_DRIVERS: dict[str, dict[str, str]] = {
         "virtio-scsi-pci": "vm-virtio-scsi",
     },
     "engine": {
-        "io_uring": "vm-io-uring",
+        "io_uring": "vm-aio",
+        "native": "vm-aio",
     },
     "format": {
         "bochs": "vm-bochs",

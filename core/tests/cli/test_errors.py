@@ -40,7 +40,7 @@ def complaint(result: subprocess.CompletedProcess[str]) -> str:
     [
         ("-drive if=none,file=absent.img", "absent.img': No such file or directory"),
         ("-drive if=none,file=plain.img,format=nosuch", "no format 'nosuch'"),
-        ("-drive if=none,file=plain.img,aio=nosuch", "no engine 'nosuch'; there is: threads"),
+        ("-drive if=none,file=plain.img,aio=nosuch", "no engine 'nosuch'; there is: "),
         ("-drive if=none,file=nbd://localhost/x,format=raw", "pip install vm-nbd"),
         ("-drive if=none,file=sheepdog:x,format=raw", "pip install vm-sheepdog"),
         ("-drive if=none,file=plain.img,format=raw,nosuch=1", "no option 'nosuch'"),

@@ -23,6 +23,7 @@ from ..errors import BlockError, UsageError
 from .cache import WRITEBACK, CacheMode
 from .engine import Engine
 from .node import Node
+from .passage import Hold, Passage, Span, release
 from .request import Op, Request
 
 READ_POLICIES = ("report", "ignore", "stop")
@@ -140,6 +141,7 @@ class BlockBackend:
         self._tray_open = False
         self._locked = False
         self._closed = False
+        self._attended = False
 
     # The medium
 
@@ -254,7 +256,7 @@ class BlockBackend:
         if engine is None:
             engine = self._start_engine()
         node = self._node
-        if node is not None and not self._stopped:
+        if node is not None and not self._stopped and node.request_alignment == 1:
             # What is in the page cache costs less to copy than to hand over.
             slow: list[Request] = []
             done: list[Request] = []
@@ -276,6 +278,39 @@ class BlockBackend:
             if self._engine is None:
                 self._engine = make_engine(self._engine_name, self, self._engine_options)
             return self._engine
+
+    def start(self) -> None:
+        """Start the engine now, not at the first request. Raises PluginError, UsageError where it cannot be had."""
+        self._start_engine()
+
+    def attend(self) -> bool:
+        """The calling thread alone will submit, and hand completions back by :meth:`poll`: see :meth:`Engine.attend`.
+
+        False: this engine does not do that, completions come on its threads.
+        """
+        self._attended = self._start_engine().attend()
+        return self._attended
+
+    def poll(self) -> None:
+        """Wait until a request is complete, and hand back all that are. Only after :meth:`attend` said so."""
+        if self._inflight:
+            self._start_engine().poll()
+
+    def passage(self, request: Request) -> Passage | None:
+        """Where on the host an engine moves the bytes of *request*; None: that is for :meth:`execute` to do."""
+        node, offset, length = self._node, request.offset, request.length
+        if node is None or not length or offset < 0 or (node.is_protocol and offset + length > node.size):
+            return None
+        write = request.op is Op.WRITE
+        stable = write and (request.fua or not self._write_cache) and not self.cache.no_flush
+        if write and self._readonly:
+            return None
+        spans: list[Span] = []
+        holds: list[Hold] = []
+        if node.host_spans(offset, length, spans, holds, write=write, stable=stable):
+            return Passage(spans, holds, write, stable)
+        release(holds)
+        return None
 
     def execute(self, request: Request) -> None:
         """Carry *request* out on this thread and set its status. Never raises."""
@@ -382,6 +417,8 @@ class BlockBackend:
 
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until every completion has been handed over. False: that took longer than *timeout* seconds."""
+        while self._attended and self._inflight:
+            self.poll()
         with self._lock:
             return self._quiet.wait_for(lambda: not self._inflight, timeout)
 
@@ -432,8 +469,11 @@ class BlockBackend:
             raise BlockError.of(getattr(errno, "ENOMEDIUM", errno.ENXIO))
         return node
 
-    def close(self) -> None:
-        """Wait for what is in flight, flush, end the engine, close the medium. A second call does nothing."""
+    def close(self, *, keep_medium: bool = False) -> None:
+        """Wait for what is in flight, end the engine, flush and close the medium. A second call does nothing.
+
+        With *keep_medium* the medium stays as it is; it is the caller's.
+        """
         with self._lock:
             if self._closed:
                 return
@@ -442,7 +482,7 @@ class BlockBackend:
         if self._engine is not None:
             self._engine.close()
         node, self._node = self._node, None
-        if node is not None:
+        if node is not None and not keep_medium:
             node.close()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from .node import Node
+from .passage import Passage
 from .request import Request
 
 
@@ -15,7 +16,13 @@ class EngineHost(Protocol):
 
     @property
     def node(self) -> Node | None:
-        """Where requests go. An engine with I/O of its own maps them itself and leaves the rest to :meth:`execute`."""
+        """Where requests go."""
+
+    def passage(self, request: Request) -> Passage | None:
+        """For an engine with I/O of its own: where on the host it moves the bytes of a READ or WRITE, if it can.
+
+        None: leave the request to :meth:`execute`. Neither blocks nor raises.
+        """
 
     def execute(self, request: Request) -> None:
         """Carry one request out, on this thread, and set its ``status``. Never raises."""
@@ -33,6 +40,19 @@ class Engine(ABC):
     @abstractmethod
     def submit(self, requests: Sequence[Request]) -> None:
         """Take a batch over, from any thread, without blocking on I/O. Each request is completed exactly once."""
+
+    def attend(self) -> bool:
+        """For programs that have nothing else to do: the thread that calls this hands requests back itself, by polling.
+
+        From now on it alone submits, and it calls :meth:`poll` as long as anything is in flight; no other thread of the
+        engine completes requests. Call it before anything is submitted. False: the engine does not do that, and
+        completes requests on its own threads as ever.
+        """
+        return False
+
+    def poll(self) -> None:
+        """Wait until a request is complete, and hand back all that are. Only with something in flight, see above."""
+        raise NotImplementedError
 
     @abstractmethod
     def close(self) -> None:

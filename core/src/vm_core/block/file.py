@@ -26,7 +26,8 @@ from ..errors import BlockError, ImageError, UsageError
 from . import locks
 from .fallocate import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, fallocate
 from .mapping import Kind, Mapping
-from .node import Buffer, Protocol
+from .node import Buffer, Node, Protocol
+from .passage import Span
 from .rangelock import RangeLock
 from .vectors import cut, fill, gather, scatter, total, zero_views
 
@@ -34,21 +35,29 @@ if TYPE_CHECKING:
     import mmap
 
     from .open import OpenContext
+    from .passage import Hold
 
 #: Vectors that one system call takes.
 IOV_MAX = 1024
 with suppress(AttributeError, OSError, ValueError):  # no sysconf (Windows), or it does not know
     IOV_MAX = os.sysconf("SC_IOV_MAX")
 
-#: Bytes that one system call writes. For aligned writes of 2 MiB and more Linux takes huge pages into the page cache,
-#: and finding those costs many times what is saved.
-WRITE_MAX = 1024 * 1024
+#: Bytes that one system call writes. For aligned writes of 1 MiB and more Linux looks for large blocks of free memory,
+#: which in a virtual machine its host may have taken back: fetching those again costs four times what is saved.
+WRITE_MAX = 512 * 1024
+#: Writes from this many bytes on go one by one: Linux lets one writer at a time into a file, and has the others spin.
+WRITE_LONG = 128 * 1024
 #: Bytes that a bounce buffer holds.
 BOUNCE = 1024 * 1024
 #: Bytes at the start of a new file that have host space at once.
 FIRST_BLOCK = 4096
 #: Zeroes are written in requests of this many bytes where the system cannot make them.
 ZERO_STEP = 4 * 1024 * 1024
+
+#: QEMU's words.
+NATIVE_NEEDS_DIRECT = "aio=native was specified, but it requires cache.direct=on, which was not specified."
+#: Those that QEMU knows.
+KNOWN_ENGINES = ("threads", "native", "io_uring")
 
 _DSYNC = getattr(os, "RWF_DSYNC", 0)
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
@@ -63,6 +72,8 @@ class FileProtocol(Protocol):
     """A regular file. Reads past its end give zeroes, writes past its end grow it."""
 
     driver = "file"
+    #: The engine that a backend on top should use.
+    aio: str = "threads"
 
     def __init__(
         self,
@@ -87,6 +98,7 @@ class FileProtocol(Protocol):
         self.unmap = unmap
         self._size = self._query_size()
         self._growing = Lock()
+        self._long_writes = Lock()
         self._writes = count(1)
         self._written = 0
         self._flushed = 0
@@ -118,7 +130,7 @@ class FileProtocol(Protocol):
                 f"The '{cls.driver}' block driver requires a file name"
             )
         locking = options.pop("locking", "auto")
-        options.pop("aio", None)  # the engine is the backend's
+        aio = check_aio(options.pop("aio", context.aio))
         readonly = context.readonly
         try:
             fd = _open(filename, readonly=readonly, direct=context.cache.direct)
@@ -132,6 +144,8 @@ class FileProtocol(Protocol):
                 raise ImageError("", f"Could not open '{filename}': {second.strerror}") from None
         try:
             cls._check_type(fd, filename)
+            if aio == "native" and not context.cache.direct:
+                raise UsageError(NATIVE_NEEDS_DIRECT)
             if locking != "off":
                 cls._lock(fd, filename, context, readonly)
             node = cls(
@@ -143,6 +157,7 @@ class FileProtocol(Protocol):
                 unmap=context.discard,
             )
             node._locked = locking != "off" and not context.share
+            node.aio = aio
             return node
         except OSError as error:
             os.close(fd)
@@ -378,6 +393,41 @@ class FileProtocol(Protocol):
                 fill([view[done:length]])
                 return
 
+    # Engines
+
+    def host_spans(
+        self, offset: int, length: int, spans: list[Span], holds: list[Hold], *, write: bool, stable: bool
+    ) -> bool:
+        blocks = self._blocks
+        if blocks is not None and (offset | length) & (self.request_alignment - 1):
+            return False
+        if write:
+            if self.readonly or (stable and not self._can_dsync):
+                return False
+            if blocks is not None:
+                if not blocks.mutex.acquire(blocking=False):
+                    return False
+                try:
+                    ticket = blocks.try_shared(offset, offset + length)
+                finally:
+                    blocks.mutex.release()
+                if ticket is None:
+                    return False
+                holds.append((blocks, ticket))
+        spans.append(Span(self, offset, length))
+        return True
+
+    def moved(self, offset: int, length: int, *, stable: bool, failed: bool) -> None:
+        """An engine wrote to the descriptor, or with *failed* tried to."""
+        if failed:
+            self._written = next(self._writes)
+            self._size = max(self._size, self._query_size())
+            return
+        if offset + length > self._size:
+            self._grown(offset + length)
+        if not stable:
+            self._written = next(self._writes)
+
     # Writing
 
     def write(self, offset: int, buffers: Sequence[Buffer], *, fua: bool = False) -> None:
@@ -394,21 +444,24 @@ class FileProtocol(Protocol):
                 done = 0
                 stable = bool(flags)
                 while done < length:
-                    rest = buffers
+                    rest, position = buffers, offset + done
                     if done or length > WRITE_MAX:
-                        rest = cut(buffers, done, min(WRITE_MAX, length - done))
+                        rest = cut(buffers, done, min(WRITE_MAX - position % WRITE_MAX, length - done))
                     if len(rest) > IOV_MAX:
                         rest = rest[:IOV_MAX]
                     if flags:
                         try:
-                            done += os.pwritev(self._fd, rest, offset + done, flags)
+                            done += os.pwritev(self._fd, rest, position, flags)
                         except OSError as error:
                             if error.errno != errno.EOPNOTSUPP:
                                 raise
                             self._can_dsync = stable = False
                             flags = 0
+                    elif length < WRITE_LONG:
+                        done += _pwritev(self._fd, rest, position)
                     else:
-                        done += _pwritev(self._fd, rest, offset + done)
+                        with self._long_writes:
+                            done += _pwritev(self._fd, rest, position)
         except OSError as error:
             self._written = next(self._writes)
             self._size = max(self._size, self._query_size())
@@ -670,6 +723,30 @@ class FileProtocol(Protocol):
         finally:
             _give_bounce(bounce)
         return 4096
+
+
+def check_aio(name: str) -> str:
+    """The name of an engine that is there. Raises UsageError, or PluginError that says what brings it."""
+    if name != "threads":
+        from ..errors import PluginError
+        from ..plugins import find
+
+        try:
+            find("engine", name)
+        except PluginError as error:
+            if "not installed" in str(error) or name in KNOWN_ENGINES:
+                raise
+            raise UsageError(f"aio={name}: {error}").put(f"invalid parameter value: {name}") from None
+    return name
+
+
+def engine_of(node: Node | None, default: str = "threads") -> str:
+    """The engine that the storage below *node* asks for (the file option ``aio``); *default* where there is no file."""
+    while node is not None:
+        if isinstance(node, FileProtocol):
+            return node.aio
+        node = next(iter(node.children().values()), None)
+    return default
 
 
 def _open(filename: str, *, readonly: bool, direct: bool) -> int:

@@ -45,7 +45,7 @@ from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Mapping as Dict
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 from ..errors import BlockError, ImageError, VmError
 from .extents import Lease, Step, plan
@@ -53,6 +53,7 @@ from .format import Format, Progress
 from .imagenode import ImageNode
 from .mapping import Allocation, Kind, Mapping
 from .node import Buffer, Node
+from .passage import Span
 from .rangelock import EVERYTHING, RangeLock
 from .vectors import PIECE, cut, fill, is_zero, scatter, total, zero_views
 
@@ -69,6 +70,9 @@ CHANGE_STEP = 1 << 30
 COPY_STEP = 1 << 20
 #: Heads and tails of zeroes longer than this are zeroed by the storage instead of written.
 ZERO_BY_STORAGE = PIECE
+
+if TYPE_CHECKING:
+    from .passage import Hold
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -254,6 +258,60 @@ class FormatNode(ImageNode):
             return True
         finally:
             self._ranges.release(ticket)
+
+    def host_spans(
+        self, offset: int, length: int, spans: list[Span], holds: list[Hold], *, write: bool, stable: bool
+    ) -> bool:
+        format = self.format
+        if self._watch is not None or offset + length > format.size:
+            return False
+        if write and (
+            # A stable write ends with a flush of the driver's.
+            stable or self.readonly or self.detect_zeroes != "off" or format.compressed_only or format.tracking
+        ):
+            return False
+        if not self._mutex.acquire(blocking=False):
+            return False
+        try:
+            runs = format.map_cached(offset, length)
+            if runs is None:
+                return False
+            if write:
+                for run in runs:
+                    if run.kind is not Kind.DATA or not run.writable:
+                        return False
+            ticket = self._ranges.try_shared(offset, offset + length)
+        except (OSError, VmError):
+            return False  # the ordinary way will meet the error again and tell it
+        finally:
+            self._mutex.release()
+        if ticket is None:
+            return False
+        holds.append((self._ranges, ticket))
+        if len(runs) == 1:
+            run = runs[0]
+            if run.kind is Kind.DATA and run.storage is not None:
+                return run.storage.host_spans(run.host, length, spans, holds, write=write, stable=stable)
+        backing = self._backing
+        for run in runs:
+            kind = run.kind
+            if kind is Kind.DATA:
+                storage = run.storage
+                if storage is None or not storage.host_spans(
+                    run.host, run.length, spans, holds, write=write, stable=stable
+                ):
+                    return False
+            elif kind is Kind.UNALLOCATED and backing is not None:
+                inside = max(0, min(run.length, backing.size - run.offset))
+                if inside and not backing.host_spans(run.offset, inside, spans, holds, write=False, stable=False):
+                    return False
+                if inside < run.length:
+                    spans.append(Span(None, -1, run.length - inside))
+            elif kind is Kind.ZERO or kind is Kind.UNALLOCATED:
+                spans.append(Span(None, -1, run.length))
+            else:
+                return False
+        return True
 
     def lease_runs(self, ranges: Sequence[tuple[int, int]]) -> tuple[FormatNode, int, list[Mapping]]:
         start = min([offset for offset, _ in ranges])
@@ -837,12 +895,13 @@ class FormatNode(ImageNode):
             return
         if self._watch is not None:
             self._watch("flush_to_os")
-            self._watch("flush_to_disk")
         self.format.file.flush()
         for node in self.format.children().values():
             node.flush()
         with self._mutex:
             self.format.flush()
+        if self._watch is not None:
+            self._watch("flush_to_disk")
 
     @contextmanager
     def quiesce(self) -> Iterator[Format]:
@@ -874,9 +933,10 @@ class FormatNode(ImageNode):
 
     def _blank_gained(self, former: int, size: int) -> None:
         """Let what an image gained read as zeroes."""
-        # The rest of the last cluster may hold anything, and a backing image that is longer would show through.
+        # The rest of the last cluster may hold anything, and a backing image that is longer would show through; then
+        # all is blanked at once, as by QEMU.
         unit, below = self.cluster_size, self._backing.size if self._backing is not None else 0
-        gained = min(size, max(-(-former // unit) * unit, below))
+        gained = size if below > former else min(size, -(-former // unit) * unit)
         if former < gained:
             with self._exclusive(*self._clusters(former, gained - former)):
                 blank = self._reads_zero(former, gained)
@@ -891,8 +951,7 @@ class FormatNode(ImageNode):
         with self._exclusive(0, EVERYTHING), self._mutex:
             former = self.format.size
             hidden = self.format.truncate_preallocated(size, mode, hide=below > former)
-        whole = -(-former // unit) * unit
-        gained = min(size, whole if hidden else max(whole, below))
+        gained = size if below > former and not hidden else min(size, -(-former // unit) * unit)
         if former < gained:
             self._zero_range(former, gained - former, False)
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .breakpoints import Breakpoints
     from .formatnode import FormatNode
     from .open import OpenContext
+    from .passage import Hold, Span
 
 #: A piece of memory that a request reads into or writes from. Only flat, contiguous byte views (format "B") are passed.
 Buffer = memoryview
@@ -88,6 +89,17 @@ class Node(ABC):
 
     def zero_fast(self, offset: int, length: int, *, unmap: bool = False) -> bool:
         """Like :meth:`zero`, but only if no zeroes have to be written. False, with nothing done, where they had to."""
+        return False
+
+    def host_spans(
+        self, offset: int, length: int, spans: list[Span], holds: list[Hold], *, write: bool, stable: bool
+    ) -> bool:
+        """Resolve a read or a write in place into *spans* of plain files, if no I/O and no waiting is needed for that.
+
+        Appends to *spans*, and to *holds* the locks that keep them valid: see :mod:`vm_core.block.passage`. False: the
+        request is to be carried out by this node, as one that passes an image's end is; what was put on *holds* is
+        given back by the caller either way. Never raises for that.
+        """
         return False
 
     @abstractmethod

@@ -78,6 +78,7 @@ class OpenContext:
         ancestors: tuple[Any, ...] = (),
         io: bool = True,
         check: bool = False,
+        aio: str = "threads",
     ) -> None:
         #: No changes are wanted.
         self.readonly = readonly
@@ -104,6 +105,8 @@ class OpenContext:
         self.io = io
         #: Opened to be checked or repaired: images marked as dirty or corrupt open too; nothing is mended on the way.
         self.check = check
+        #: The engine that files ask for which have no option ``aio`` of their own.
+        self.aio = aio
         #: The user said what the backing image is, or that there shall be none.
         self.backing_given = False
         self._file: Node | None = None
@@ -125,6 +128,7 @@ class OpenContext:
             "warn": self.warn,
             "ancestors": self.ancestors,
             "io": self.io,
+            "aio": self.aio,
         }
         return OpenContext(**{**settings, **changes})
 
@@ -223,6 +227,7 @@ def open_node(
     warn: Warn | None = None,
     io: bool = True,
     check: bool = False,
+    aio: str = "threads",
 ) -> Node:
     """Open an image, or bare storage where the spec's driver is a protocol.
 
@@ -232,7 +237,8 @@ def open_node(
     *discard* and *detect_zeroes* are the policies of the top node. *snapshot* puts changes into a temporary image that
     disappears when the node is closed. *warn* is called with a sentence where something should be said to the user.
     Without *io* no guest data will be read or written, and an encrypted image needs no key. With *check* the image is
-    opened to be checked or repaired: one marked as dirty or corrupt opens too.
+    opened to be checked or repaired: one marked as dirty or corrupt opens too. *aio* is the engine that files ask a
+    backend for unless they have an option ``aio``.
 
     Raises ImageError (LockError, GateError), PluginError or UsageError; nothing stays open then.
     """
@@ -250,6 +256,7 @@ def open_node(
         warn=warn,
         io=io,
         check=check,
+        aio=aio,
     )
     options = parse_spec(spec)
     if format is not None:
@@ -917,14 +924,15 @@ def _probe(file: Node) -> str:
 def _guard_raw(node: Node, context: OpenContext) -> None:
     from .raw import RawNode
 
-    if node.readonly or not isinstance(node, RawNode):
+    if not isinstance(node, RawNode):
         return
-    context.warn(
-        f"WARNING: Image format was not specified for '{node.filename}' and probing guessed raw.\n"
-        "         Automatically detecting the format is dangerous for raw images, write operations on block 0 will be "
-        "restricted.\n"
-        "         Specify the 'raw' format explicitly to remove the restrictions."
-    )
+    if not node.readonly:
+        context.warn(
+            f"WARNING: Image format was not specified for '{node.filename}' and probing guessed raw.\n"
+            "         Automatically detecting the format is dangerous for raw images, write operations on block 0 will "
+            "be restricted.\n"
+            "         Specify the 'raw' format explicitly to remove the restrictions."
+        )
 
     def guess(head: bytes, tail: bytes) -> str:
         from .probe import guess

@@ -23,6 +23,7 @@ from .vectors import cut, fill, gather, total
 
 if TYPE_CHECKING:
     from .open import OpenContext
+    from .passage import Hold, Span
 
 #: Bytes at the start and at the end of an image that its probe looks at.
 GUARDED = 64 * 1024
@@ -142,6 +143,19 @@ class RawNode(ImageNode):
             return False
         return self.file.read_nowait(self.offset + offset, buffers)
 
+    def host_spans(
+        self, offset: int, length: int, spans: list[Span], holds: list[Hold], *, write: bool, stable: bool
+    ) -> bool:
+        if self._watch is not None or offset + length > self.size:
+            return False
+        if write and (
+            self.readonly
+            or self.detect_zeroes != "off"
+            or (self._guess is not None and not self._unguarded(offset, length))
+        ):
+            return False
+        return self.file.host_spans(self.offset + offset, length, spans, holds, write=write, stable=stable)
+
     def _write(self, offset: int, length: int, buffers: Sequence[Buffer], fua: bool) -> None:
         if self._guess is not None:
             self._check_guard(offset, length, buffers)
@@ -149,11 +163,15 @@ class RawNode(ImageNode):
             self._watch("write_aio")
         self.file.write(self.offset + offset, buffers, fua=fua)
 
+    def _unguarded(self, offset: int, length: int) -> bool:
+        """Whether a write there changes nothing that a probe looks at."""
+        return offset >= GUARDED and offset + length <= self.size - GUARDED
+
     def _check_guard(self, offset: int, length: int, buffers: Sequence[Buffer]) -> None:
         assert self._guess is not None
-        size = self.size
-        if offset >= GUARDED and offset + length <= size - GUARDED:
+        if self._unguarded(offset, length):
             return
+        size = self.size
         head = bytearray(self.pread(0, min(size, GUARDED)))
         start = max(0, size - GUARDED)
         tail = bytearray(self.pread(start, size - start))

@@ -57,6 +57,7 @@ class Images:
     def _open_drive(self, spec: DriveSpec) -> None:
         from ..block.backend import BlockBackend
         from ..block.cache import CacheMode
+        from ..block.file import engine_of
         from ..qmp.monitor import Drive
 
         registry().find("engine", spec.aio)
@@ -64,21 +65,24 @@ class Images:
         cdrom = spec.media == "cdrom"
         node = self._drive_node(spec, cache) if spec.file or spec.driver_options else None
         try:
+            engine = spec.aio if node is None else engine_of(node, spec.aio)
             backend = BlockBackend(
                 node,
                 name=spec.id,
                 cache=cache,
-                engine=spec.aio,
+                engine=engine,
                 rerror=spec.rerror,
                 werror=spec.werror,
                 readonly=spec.readonly or cdrom,
                 removable=cdrom or spec.interface == "floppy",
             )
+            if engine != "threads":
+                backend.start()
         except BaseException:
             if node is not None:
                 node.close()
             raise
-        self.drives.append(Drive(spec.id, backend, engine=spec.aio, detect_zeroes=spec.detect_zeroes))
+        self.drives.append(Drive(spec.id, backend, engine=engine, detect_zeroes=spec.detect_zeroes))
 
     def _drive_node(self, spec: DriveSpec, cache: Any) -> Node:
         from ..block.open import open_node
@@ -95,6 +99,7 @@ class Images:
                 detect_zeroes=spec.detect_zeroes,
                 snapshot=spec.snapshot and spec.media != "cdrom",
                 warn=self._warn,
+                aio=spec.aio,
             )
         except VmError as error:
             if str(error).startswith(f"{spec.file}: "):
@@ -139,10 +144,15 @@ class Images:
 
     def _node_drive(self, name: str, node: Node) -> Drive:
         from ..block.backend import BlockBackend
+        from ..block.file import engine_of
         from ..qmp.monitor import Drive
 
+        engine = engine_of(node)
+        backend = BlockBackend(node, readonly=node.readonly, name=name, engine=engine)
+        if engine != "threads":
+            backend.start()
         del self._nodes[name]  # the backend closes it from now on
-        return Drive(name, BlockBackend(node, readonly=node.readonly, name=name))
+        return Drive(name, backend, engine=engine)
 
     def open_medium(self, filename: str, format: str | None) -> Node:
         """A medium for a CD-ROM drive, as the monitor's change asks for it."""

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
+from ...errors import VmError
 from .common import Failure, Tool, reason
+
+if TYPE_CHECKING:
+    from ...block.jobs.job import Job
 
 LONG = {
     "help": "h",
@@ -22,7 +29,8 @@ def run(args: list[str], tool: Tool) -> int:
     """``bench [-c COUNT] [-d DEPTH] [-s SIZE] [-S STEP] [-o OFFSET] [-w] [--pattern N] [--flush-interval N] FILE``."""
     format, image_opts, share, cache = None, False, False, "writeback"
     count, depth, offset, size, step, pattern, flush_interval = 75000, 64, 0, 4096, 0, 0, 0
-    write = native = no_drain = False
+    write = no_drain = False
+    aio = "threads"
     options = tool.options(args, "hc:d:f:ni:o:qs:S:t:wU", LONG)
     for key, value in options:
         match key:
@@ -33,11 +41,9 @@ def run(args: list[str], tool: Tool) -> int:
             case "f":
                 format = value
             case "n":
-                native = True
+                aio = "native"
             case "i":
-                if value not in ("threads", "native", "io_uring"):
-                    raise Failure(f"Invalid aio option: {value}")
-                native = value == "native"
+                aio = tool.engine(value, aio)
             case "o":
                 offset = tool.size(value, "offset")
             case "q":
@@ -70,14 +76,11 @@ def run(args: list[str], tool: Tool) -> int:
         mode = tool.cache(cache)
     except Failure:
         raise Failure("Invalid cache mode") from None
-    if native and not mode.direct:
-        raise Failure(
-            f"Could not open '{options.rest[0]}': aio=native was specified, but it requires cache.direct=on, "
-            "which was not specified."
-        )
     name = options.rest[0]
-    with tool.open(name, image_opts=image_opts, format=format, write=write, cache=mode, share=share) as node:
-        from ...block.jobs.bench import Load, bench
+    with tool.open(name, image_opts=image_opts, format=format, write=write, cache=mode, share=share, aio=aio) as node:
+        from ...block.file import engine_of
+        from ...block.jobs.bench import Bench, Load
+        from ...block.jobs.job import Job
 
         step = step or size
         print(
@@ -87,13 +90,37 @@ def run(args: list[str], tool: Tool) -> int:
         if flush_interval:
             print(f"Sending flush every {flush_interval} requests")
         load = Load(count, depth, offset, size, step, write, pattern, flush_interval, not no_drain)
-        begin = time.perf_counter()
+        job = Job()
+        run = Bench(node, load, engine=engine_of(node), cache=mode, job=job)
         try:
-            bench(node, load)
+            begin = time.perf_counter()
+            with _interruptible(job):
+                run.run()
         except OSError as error:
             raise Failure(f"Failed request: {reason(error)}") from error
+        finally:
+            run.close()
         print(f"Run completed in {time.perf_counter() - begin:3.3f} seconds.")
     return 0
+
+
+@contextmanager
+def _interruptible(job: Job) -> Iterator[None]:
+    """Ctrl-C ends the *job* between two batches, where everything in flight is known, and is raised then."""
+    import signal
+
+    def stop(number: int, frame: object) -> None:
+        job.cancel()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    except VmError:
+        if job.cancelled:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _number(text: str, what: str, most: int = INT_MAX) -> int:

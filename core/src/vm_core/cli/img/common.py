@@ -243,7 +243,7 @@ class Tool:
                 share_writes=not exclusive,
                 backing=backing,
                 check=check,
-                warn=self._open_warning,
+                warn=self.open_warning,
                 **more,
             )
         except Failure:
@@ -268,9 +268,13 @@ class Tool:
                 raise UsageError('A block device must be specified for "file"')
         return options
 
-    def _open_warning(self, text: str) -> None:
-        """The peer tells it even with ``-q``."""
-        sys.stderr.write(text + "\n")
+    def open_warning(self, text: str) -> None:
+        """What a driver says when an image is opened. The peer tells it even with ``-q``."""
+        if text.startswith("WARNING: "):
+            sys.stderr.write(text + "\n")
+        else:
+            # Where a hint follows the sentence, the peer does not end its line.
+            sys.stderr.write(f"{self.program}: warning: {text}" + ("" if self.peer and "\n" in text else "\n"))
 
     def cache(self, text: str, *, source: bool = False) -> CacheMode:
         """The cache mode of ``-t`` (or ``-T``, *source*). Raises Failure."""
@@ -280,6 +284,21 @@ class Tool:
             return CacheMode.parse("none" if text == "off" else text)
         except UsageError:
             raise Failure(f"Invalid {'source ' if source else ''}cache option: {text}") from None
+
+    def engine(self, text: str, former: str = "threads") -> str:
+        """The host-I/O engine of ``-i``, after *former* was asked for. Raises Failure.
+
+        As in the peer ``native`` stands whatever follows, and ``threads`` undoes nothing.
+        """
+        if text not in ("threads", "native", "io_uring") and (self.peer or not self._has_engine(text)):
+            raise Failure(f"Invalid aio option: {text}")
+        return former if text == "threads" or former == "native" else text
+
+    def _has_engine(self, name: str) -> bool:
+        """Whether some other plugin brings an engine of that name."""
+        from ...plugins import drivers
+
+        return any(name == one.name for one in drivers("engine"))
 
     def output(self, text: str) -> bool:
         """Whether ``--output=`` asks for JSON. Raises Failure."""

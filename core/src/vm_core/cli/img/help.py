@@ -63,7 +63,7 @@ COMMANDS: dict[str, Command] = {
             ("--pattern=BYTE", "what to write"),
             ("--flush-interval=N", "flush after every N writes"),
             ("--no-drain", "do not wait for the requests before a flush"),
-            ("-i AIO, -n", "host I/O engine; -n is -i native"),
+            ("-i AIO, -n", "host I/O engine: threads, io_uring or native; -n is -i native"),
             _FORMAT,
             _CACHE,
             _SHARE,
@@ -289,9 +289,60 @@ COMMANDS: dict[str, Command] = {
 
 #: What the peer does not have.
 EXTRA: dict[str, Command] = {
-    "compact": Command("[options] filename [output_filename]", "make an image's file as small as its contents allow"),
+    "compact": Command(
+        "[--object objectdef] [--image-opts] [-f fmt] [-n] [-c] [-t cache] [-p] [-q] [--output=ofmt] filename "
+        "[output_filename]",
+        "make an image's file as small as its contents allow",
+        (
+            (
+                "output_filename",
+                "a compact copy of the same format goes there; without it the image is changed itself:",
+            ),
+            ("", "zeroes and free clusters are given back, what lies at the end moves into free places"),
+            ("-n, --dry-run", "change nothing, tell what would be gained"),
+            ("-c", "compress the copy"),
+            _FORMAT,
+            _CACHE,
+            _PROGRESS,
+            _QUIET,
+            _OUTPUT,
+            _OBJECT,
+            _IMAGE_OPTS,
+        ),
+        ("compact -p disk.qcow2", "compact -n disk.qcow2"),
+    ),
     "completion": Command("bash", "print a completion script", (), ("completion bash >~/.vm-img; . ~/.vm-img",)),
     "convert-inplace": Command("-O output_fmt filename", "turn QCOW2 into QED or back without copying data"),
+    "verify": Command(
+        "[--object objectdef] [--image-opts] [-f fmt] [-m manifest | -w manifest [-a algorithm] [-b block_size]] "
+        "[--sum] [--backing-chain] [-T src_cache] [-p] [-q] [-U] [--output=ofmt] filename",
+        "check metadata and contents of an image, against a manifest of what it held",
+        (
+            ("-m, --manifest FILE", "compare each block with this manifest and tell every range that differs"),
+            (
+                "-w, --write FILE",
+                "write a manifest of what the guest sees (- for standard output), whatever the format",
+            ),
+            ("-a, --algorithm NAME", "with --write: sha256 (if nothing is said) or blake2b"),
+            ("-b, --block-size SIZE", "with --write: bytes that a digest stands for, 4k to 64M (1M, more above 1 TiB)"),
+            ("--sum", "also the digest of all bytes in turn, what sha256sum or b2sum gives for a raw image"),
+            ("--backing-chain", "check the metadata of backing images too; their contents count anyway"),
+            _FORMAT,
+            _SOURCE_CACHE,
+            _PROGRESS,
+            _QUIET,
+            _SHARE,
+            _OUTPUT,
+            _OBJECT,
+            _IMAGE_OPTS,
+            (
+                "",
+                "Exit status: 0 all is well, 1 it could not be done (or something cannot be read), 2 the contents "
+                "differ, 3 the contents are right but the metadata is damaged. Leaked clusters are told and no error.",
+            ),
+        ),
+        ("verify -w disk.manifest disk.qcow2", "verify -p -m disk.manifest backup.raw"),
+    ),
     "stream": Command("[options] filename", "copy what backing images hold into the image"),
 }
 

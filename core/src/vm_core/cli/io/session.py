@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from ...errors import UsageError, VmError
-from ..img.common import Tool, reason
+from ..img.common import Failure, Tool, reason
 from .getopt import WRONG, Getopt
 
 if TYPE_CHECKING:
     from ...block.cache import CacheMode
     from ...block.node import Node
     from .aio import Queue
+    from .carrier import Carrier
 
 #: Images are as large for requests as whole sectors of this many bytes.
 SECTOR = 512
@@ -51,6 +52,12 @@ class Session:
         self.misalign = False
         self.done = False
         self._queue: Queue | None = None
+        self._carrier: Carrier | None = None
+
+    @property
+    def io(self) -> Node | Carrier:
+        """What reads and writes go to: the image, or an engine in front of it."""
+        return self._carrier or self.image
 
     @property
     def image(self) -> Node:
@@ -97,20 +104,26 @@ class Session:
             return 1
         try:
             node = self._open_node(name, how, options)
+            try:
+                carrier = self._make_carrier(node)
+            except BaseException:
+                node.close()
+                raise
         except (VmError, OSError) as error:
             device = "" if name is None else f" device {name}"
             self.tool.error(f"can't open{device}: {reason(error)}")
             return 1
+        self._carrier = carrier
         self.node, self.how, self.writethrough = node, how, how.writethrough
         return 0
 
     def _open_node(self, name: str | None, how: How, options: dict[str, str]) -> Node:
+        from ...block import notices
         from ...block.cache import CacheMode
         from ...block.open import open_node, parse_spec
         from ...options import nest
 
-        if how.aio == "native" and not how.direct:
-            raise UsageError("aio=native was specified, but it requires cache.direct=on, which was not specified.")
+        notices.program = self.program
         spec: dict[str, Any] = nest(options)
         if name is not None:
             given = parse_spec(name)
@@ -128,46 +141,46 @@ class Session:
             share_writes=True,
             discard=how.discard,
             snapshot=how.snapshot,
-            warn=_warn,
+            warn=self.tool.open_warning,
+            aio=how.aio,
         )
         if how.copy_on_read and node.readonly:
             node.close()
             raise UsageError("Can't use copy-on-read on read-only device")
         return node
 
+    def _make_carrier(self, node: Node) -> Carrier | None:
+        from ...block.file import engine_of
+
+        engine = engine_of(node)
+        # Test drivers stop requests on the threads that carry them out, and need to know which.
+        if engine == "threads" or node.watched:
+            return None
+        from .carrier import Carrier
+
+        return Carrier(node, engine)
+
     def close(self) -> None:
         """Finish what is on its way, and close the image."""
         if self._queue is not None:
             self._queue.flush()
+        if self._carrier is not None:
+            self._carrier.close()
+            self._carrier = None
         node, self.node = self.node, None
         if node is not None:
             try:
                 node.close()
             except (VmError, OSError) as error:
-                self._tell_unsaved(node, error)
-
-    def _tell_unsaved(self, node: Node, error: BaseException) -> None:
-        """*node* could not be closed as it should. The peer tells of metadata that it could not write, and no more."""
-        from ...block.formatnode import FormatNode
-
-        image: Node | None = node
-        while image is not None and not isinstance(image, FormatNode):
-            children = image.children()
-            image = children.get("file") or children.get("image")
-        for what in () if image is None else image.format.unsaved():
-            self.tool.error(f"Failed to flush the {what}: {reason(error)}")
-        if not self.tool.peer or isinstance(error, VmError):
-            self.tool.error(reason(error) if self.tool.peer else f"{node.filename}: {reason(error)}")
+                # The peer tells of metadata that it could not write, as the driver has by now, and no more.
+                if not self.tool.peer or isinstance(error, VmError):
+                    self.tool.error(reason(error) if self.tool.peer else f"{node.filename}: {reason(error)}")
 
     def end(self) -> None:
         """The program ends."""
         self.close()
         if self._queue is not None:
             self._queue.stop()
-
-
-def _warn(text: str) -> None:
-    sys.stderr.write(text + "\n")
 
 
 def parse_options(text: str, tool: Tool) -> dict[str, str]:
@@ -212,10 +225,11 @@ def take(how: How, key: str, value: str, tool: Tool) -> How | None:
     if key == "k":
         return how._replace(aio="native")
     if key == "i":
-        if value not in ("threads", "native", "io_uring"):
-            tool.error(f"Invalid aio option: {value}")
+        try:
+            return how._replace(aio=tool.engine(value, how.aio))
+        except Failure as failure:
+            tool.error(str(failure))
             return None
-        return how._replace(aio=value)
     if key == "t":
         cache = parse_cache(value)
         if cache is None:

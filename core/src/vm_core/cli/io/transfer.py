@@ -148,15 +148,13 @@ def _do_read(session: Session, node: Node, offset: int, buffers: Sequence[memory
             from .copyonread import copy_up
 
             copy_up(node, offset, length)
-        node.read(offset, buffers)
+        session.io.read(offset, buffers)
 
 
-def _do_write(
-    session: Session, node: Node, offset: int, buffers: Sequence[memoryview], length: int, *, fua: bool
-) -> None:
+def _do_write(session: Session, offset: int, buffers: Sequence[memoryview], length: int, *, fua: bool) -> None:
     _reach(session, offset, length)
     if length:
-        node.write(offset, buffers, fua=(fua or session.writethrough) and not session.how.no_flush)
+        session.io.write(offset, buffers, fua=(fua or session.writethrough) and not session.how.no_flush)
 
 
 def _do_zero(
@@ -386,7 +384,7 @@ def write(session: Session, words: Sequence[str]) -> int:
         elif "c" in flags:
             _do_write_compressed(session, node, offset, buffers, length)
         else:
-            _do_write(session, node, offset, buffers, length, fua=fua)
+            _do_write(session, offset, buffers, length, fua=fua)
 
     taken, failure = _timed(session, work)
     if failure is not None:
@@ -419,9 +417,8 @@ def writev(session: Session, words: Sequence[str]) -> int:
     offset = _number(session, scan.rest[0])
     lengths = _lengths(session, scan.rest[1:])
     total = sum(lengths)
-    node = session.image
     buffers = [view for length in lengths for view in _repeated(session, pattern, length)]
-    taken, failure = _timed(session, lambda: _do_write(session, node, offset, buffers, total, fua=fua))
+    taken, failure = _timed(session, lambda: _do_write(session, offset, buffers, total, fua=fua))
     if failure is not None:
         session.out.write(f"writev failed: {_failed(failure)}\n")
         return 1
@@ -521,7 +518,7 @@ def aio_write(session: Session, words: Sequence[str]) -> int:
             if zeroes:
                 _do_zero(session, node, offset, total, unmap="u" in flags, fua=fua)
             else:
-                _do_write(session, node, offset, buffers, total, fua=fua)
+                _do_write(session, offset, buffers, total, fua=fua)
         except (OSError, VmError) as error:
             return f"aio_write failed: {_failed(error)}\n"
         taken = monotonic_ns() - started
