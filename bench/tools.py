@@ -5,6 +5,7 @@ The figures are medians of interleaved runs of whole programs with the same argu
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -145,6 +146,21 @@ def _metadata(images: Images) -> Path:
     return path
 
 
+def _scattered(images: Images) -> Path:
+    """Every other cluster of 4 KiB holds data, as if a guest had used the image for years."""
+    path, raw = images.path("scattered.qcow2"), images.path("scattered.raw")
+    if not path.exists():
+        with raw.open("wb", buffering=0) as file:
+            for cluster in range(0, 200_000, 2):
+                os.pwrite(file.fileno(), bytes((cluster % 251 + 1,)) * 4096, cluster * 4096)
+            file.truncate(1 << 30)
+        part = path.with_suffix(".part")
+        images.qemu("convert", "-O", "qcow2", "-o", "cluster_size=4k", raw, part)
+        raw.unlink()
+        part.rename(path)
+    return path
+
+
 def _start(title: str, *words: str | Path) -> Callable[[Images, int], Contest]:
     """Start-up: processor time over that of a bare interpreter, in thousandths of a second in both columns' stead."""
 
@@ -189,6 +205,9 @@ BENCHES: dict[str, Bench] = {
     "commit": _commit,
     "rebase": _rebase,
     "check": _read_only("check, 64 GiB of metadata", 3.0, "check", sources=(_metadata,)),
+    "check-scattered": _read_only("check, 100,000 clusters apart", 3.0, "check", sources=(_scattered,)),
+    "map-scattered": _read_only("map, 100,000 clusters apart", 1.0, "map", "--output=json", sources=(_scattered,)),
+    "scattered-raw": _convert("100,000 clusters apart to raw", 1.0, _scattered, "raw"),
     "start-info": _start("start of vm-img info beside bare python", "vm-img", "info"),
     "start-io": _start("start of vm-io -c read beside bare python", "vm-io", "-c", "read -q 0 4k"),
 }
