@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from .node import Node
 
 #: Guest bytes that are mapped in one step of a walk; adapted to how many runs come back.
-STEP = 1 << 26
+STEP = 1 << 25
 STEP_MAX = 1 << 44
 STEP_MIN = 1 << 20
 RUNS_FEW = 64
-RUNS_MANY = 16384
+RUNS_MANY = 4096
 
 
 class Extent(NamedTuple):

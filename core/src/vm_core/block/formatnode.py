@@ -60,8 +60,9 @@ from .vectors import PIECE, cut, fill, is_zero, scatter, total, zero_views
 #: Decompressed runs kept, and the largest kept.
 KEPT_RUNS = 16
 KEPT_LENGTH = 2 * 1024 * 1024
-#: Guest bytes that one step of :meth:`FormatNode.map` asks a driver for.
-MAP_STEP = 1 << 34
+#: Guest bytes that one step of :meth:`FormatNode.map` asks a driver for, adapted to how many runs come back.
+MAP_STEP, MAP_STEP_MIN, MAP_STEP_MAX = 1 << 26, 1 << 20, 1 << 34
+MAP_FEW, MAP_MANY = 256, 4096
 #: Zeroes that a format cannot express are written in pieces of this many bytes.
 ZERO_STEP = 2 * 1024 * 1024
 #: Guest bytes that one call of a driver's zero or discard is given.
@@ -962,12 +963,26 @@ class FormatNode(ImageNode):
     def _map(self, offset: int, length: int) -> Iterator[Mapping]:
         end = offset + length
         limit = min(end, self.format.size)
+        step = MAP_STEP
+        pending: Mapping | None = None
         while offset < limit:
-            step = min(MAP_STEP, limit - offset)
+            count = min(step, limit - offset)
             with self._mutex:
-                runs = list(self.format.map(offset, step))
+                runs = list(self.format.map(offset, count))
+            offset += count
+            if len(runs) < MAP_FEW:
+                step = min(step * 4, MAP_STEP_MAX)
+            elif len(runs) > MAP_MANY:
+                step = max(step // 4, MAP_STEP_MIN)
+            if pending is not None:
+                if runs and pending.continues(runs[0]):
+                    runs[0] = pending._replace(length=pending.length + runs[0].length)
+                else:
+                    yield pending
+            pending = runs.pop() if runs else None
             yield from runs
-            offset += step
+        if pending is not None:
+            yield pending
         if offset < end:
             yield Mapping(Kind.EOF, offset, end - offset)
 

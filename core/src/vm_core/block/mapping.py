@@ -43,6 +43,16 @@ class Mapping(NamedTuple):
     #: SPECIAL: whatever the driver needs to find the run again.
     token: Any = None
 
+    def continues(self, other: Mapping) -> bool:
+        """Whether *other*, which begins where this run ends, is of the same kind and goes on at the same place."""
+        return (
+            self.kind is other.kind
+            and self.kind is not Kind.SPECIAL
+            and self.storage is other.storage
+            and (self.host + self.length == other.host if self.host >= 0 else other.host < 0)
+            and self.writable == other.writable
+        )
+
 
 class Allocation(NamedTuple):
     """Host space that a format set aside for a write: *length* guest bytes from *offset* on, at *host* in *storage*.

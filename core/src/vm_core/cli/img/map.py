@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from .common import Failure, Tool
 
 if TYPE_CHECKING:
+    from ...block.mapping import Mapping
     from ...block.node import Node
 
 _LONG = {
@@ -116,9 +117,10 @@ def entries(node: Node, start: int, end: int, *, plain: bool = False) -> Iterato
 
 def _joins(one: Entry, two: Entry) -> bool:
     return (
-        one[2:6] == two[2:6]
-        and one.file == two.file
+        one.data is two.data
         and (two.host < 0 if one.host < 0 else one.host + one.length == two.host)
+        and one[2:6] == two[2:6]
+        and one.file == two.file
     )
 
 
@@ -136,6 +138,7 @@ def _resolve(node: Node, start: int, end: int, depth: int) -> Iterator[Entry]:
     below_end = -(-below.size // 512) * 512 if below is not None else 0
     stop = min(end, node.size)
     position = start
+    storage, here, name = None, False, ""
     if start < stop:
         for run in node.map(start, stop - start):
             length = run.length
@@ -144,18 +147,26 @@ def _resolve(node: Node, start: int, end: int, depth: int) -> Iterator[Entry]:
             if kind is Kind.DATA or kind is Kind.SPECIAL:
                 host, file, zero = -1, "", False
                 if kind is Kind.DATA and run.storage is not None:
+                    if run.storage is not storage:
+                        storage = run.storage
+                        # Most data of formats: only its place is asked for.
+                        here = not (node.transparent or node.sparse or storage.transparent or storage.opaque)
+                        name = storage.filename
+                    if here:
+                        yield Entry(run.offset, length, depth, True, False, True, run.host, name)
+                        continue
                     yield from _stored(run.storage, node, run.offset, length, run.host, depth)
                     continue
                 yield Entry(run.offset, length, depth, True, zero, True, host, file)
             elif kind is Kind.ZERO:
                 host = run.host if run.storage is not None else -1
-                name = run.storage.filename if run.storage is not None and host >= 0 else ""
-                yield Entry(run.offset, length, depth, True, True, False, host, name)
+                file = run.storage.filename if run.storage is not None and host >= 0 else ""
+                yield Entry(run.offset, length, depth, True, True, False, host, file)
             elif below is None:
                 # Space may be set aside for what was never written (a cluster of which other parts are in use).
                 host = run.host if run.storage is not None else -1
-                name = run.storage.filename if run.storage is not None and host >= 0 else ""
-                yield Entry(run.offset, length, depth, False, True, False, host, name)
+                file = run.storage.filename if run.storage is not None and host >= 0 else ""
+                yield Entry(run.offset, length, depth, False, True, False, host, file)
             else:
                 inside = max(0, min(length, below_end - run.offset))
                 if inside:
@@ -165,10 +176,25 @@ def _resolve(node: Node, start: int, end: int, depth: int) -> Iterator[Entry]:
     if position < end and position >= start:
         # The last sector counts whole; what a file lacks of it reads as zeroes.
         tail = next(node.map(node.size - 1, 1), None) if node.transparent and node.size else None
-        host, file = -1, ""
+        host, file, data = -1, "", False
         if tail is not None and tail.storage is not None:
             host, file = tail.host + 1, tail.storage.filename
-        yield Entry(position, end - position, depth, True, True, False, host, file)
+            # Where only whole blocks are read, the last one is data to its end.
+            data = tail.storage.request_alignment > 1 and _is_data(tail)
+        yield Entry(position, end - position, depth, True, not data, data, host, file)
+
+
+def _is_data(run: Mapping) -> bool:
+    """Whether the beginning of *run* is data all the way down to the host."""
+    from ...block.mapping import Kind
+
+    inner: Mapping | None = run
+    while inner is not None and inner.kind is Kind.DATA and inner.storage is not None:
+        storage = inner.storage
+        inner = next(iter(storage.map(inner.host, 1)), None)
+        if inner is not None and inner.storage is storage:
+            break
+    return inner is not None and inner.kind is Kind.DATA
 
 
 def _stored(storage: Node, owner: Node, offset: int, length: int, host: int, depth: int) -> Iterator[Entry]:
@@ -200,11 +226,12 @@ def _stored(storage: Node, owner: Node, offset: int, length: int, host: int, dep
     for run in storage.map(host, length):
         span = run.length
         if run.kind is Kind.DATA:
-            yield Entry(run.offset + delta, span, depth, True, False, True, run.offset, storage.filename)
+            place = -1 if storage.opaque else run.offset
+            yield Entry(run.offset + delta, span, depth, True, False, True, place, storage.filename)
         elif run.kind is Kind.SPECIAL:
             yield Entry(run.offset + delta, span, depth, True, False, True, -1, "")
         elif run.kind is Kind.UNALLOCATED:
             yield Entry(run.offset + delta, span, depth, False, True, False, -1, "")
         elif run.kind is not Kind.EOF:
-            place = run.offset if storage.backing is None else -1
+            place = -1 if storage.opaque or storage.backing is not None else run.offset
             yield Entry(run.offset + delta, span, depth, True, True, False, place, storage.filename)
