@@ -221,3 +221,175 @@ def test_compact_refuses_damage(both: Both) -> None:
     assert done.returncode == 1
     assert "repair it first" in done.stderr
     assert (both.peer / "image").read_bytes() == before
+
+
+def test_compact_shortens_files(both: Both) -> None:
+    """What lies at the end moves to the front; a dry run tells as much before, and changes nothing."""
+    both.make("create", "-q", "-f", "qcow2", "image", "64M")
+    both.write("image", "write -q -P 1 0 48M", "discard 0 40M", "write -q -P 3 30M 1M")
+    both.ours.mkdir()
+    shutil.copy(both.peer / "image", both.ours)
+    before = (both.ours / "image").read_bytes()
+    told = json.loads(vm_img(both.ours, "compact", "-n", "--output=json", "image").stdout)
+    assert (both.ours / "image").read_bytes() == before
+    done = vm_img(both.ours, "compact", "--output=json", "--progress=json", "image")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert told["length-after"] == found["length-after"] == (both.ours / "image").stat().st_size < 10 << 20
+    assert told["moved"] == found["moved"] > 7 << 20
+    assert json.loads(done.stderr.splitlines()[-1])["done"] > 0
+    both.same_contents("image")
+
+
+def test_compact_says_what_it_cannot_move(both: Both) -> None:
+    """A format whose driver moves nothing is named; holes are punched all the same."""
+    both.ours.mkdir()
+    vm_img(both.ours, "create", "-q", "-f", "parallels", "image", "8M")
+    vm_io = Path(sys.executable).with_name("vm-io")
+    subprocess.run([vm_io, "-c", "write -q -P 0 0 4M", "-c", "write -q -P 1 4M 1M", "image"], cwd=both.ours, check=True)
+    done = vm_img(both.ours, "compact", "image")
+    assert done.returncode == 0, done.stderr
+    assert "In parallels images nothing is moved" in done.stdout
+
+
+def test_compact_with_a_copy_takes_no_dry_run(both: Both) -> None:
+    """They contradict each other."""
+    both.make("create", "-q", "-f", "qcow2", "image", "1M")
+    done = vm_img(both.peer, "compact", "-n", "image", "copy")
+    assert done.returncode == 1
+    assert "give no copy" in done.stderr
+    assert not (both.peer / "copy").exists()
+
+
+def test_copies_that_would_lose_something(both: Both) -> None:
+    """Nothing is written over the image, its data file or its encryption; what a copy leaves out is told."""
+    both.make("create", "-q", "-f", "qcow2", "-o", "data_file=data", "beside", "1M")
+    both.write("beside", "write -q -P 7 0 1M")
+    secret = ("--object", "secret,id=s,data=abc")
+    luks = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=100"
+    made = vm_img(both.peer, "create", "-q", *secret, "-f", "qcow2", "-o", luks, "hidden", "1M")
+    assert made.returncode == 0, made.stderr
+    both.make("create", "-q", "-f", "qcow2", "image", "1M")
+    both.make("snapshot", "-c", "one", "image")
+    folder = both.peer
+    data = (folder / "data").read_bytes()
+    assert data.count(7) == 1 << 20
+    for words, said in (
+        (("beside", "copy"), "which would use the same data file"),
+        (("image", "image"), "is the image itself"),
+        ((*secret, "--image-opts", "driver=qcow2,encrypt.key-secret=s,file.filename=hidden", "copy"), "encrypted"),
+    ):
+        done = vm_img(folder, "compact", *words)
+        assert done.returncode == 1
+        assert said in done.stderr
+        assert not (folder / "copy").exists()
+    assert (folder / "data").read_bytes() == data
+    done = vm_img(folder, "compact", "image", "copy")
+    assert (done.returncode, done.stderr) == (
+        0,
+        "vm-img: warning: the copy has none of the image's 1 internal snapshots\n",
+    )
+
+
+@pytest.fixture
+def held(both: Both) -> Path:
+    """A folder with the same bytes as raw, qcow2 over a backing image, and compressed vmdk."""
+    both.make("create", "-q", "-f", "qcow2", "base", "20M")
+    both.write("base", "write -q -P 5 0 3M", "write -q -P 6 7M 64k")
+    both.make("create", "-q", "-f", "qcow2", "-b", "base", "-F", "qcow2", "overlay", "20M")
+    both.write("overlay", "write -q -P 1 1M 1M", "write -q -z 2M 512k", "write -q -P 9 19M 700k")
+    both.make("convert", "-O", "raw", "overlay", "raw")
+    both.make("convert", "-O", "vmdk", "-o", "subformat=streamOptimized", "overlay", "vmdk")
+    return both.peer
+
+
+@pytest.mark.parametrize("options", [[], ["-a", "blake2b"], ["-b", "64k"], ["--sum"]], ids=str)
+def test_manifests_are_the_same(held: Path, options: list[str]) -> None:
+    """Of a chain, of a raw and of a compressed image; each verifies with that of another."""
+    texts = set()
+    for name in ("overlay", "raw", "vmdk"):
+        done = vm_img(held, "verify", *options, "-w", f"{name}.json", "-f", {"overlay": "qcow2"}.get(name, name), name)
+        assert done.returncode == 0, done.stderr
+        texts.add((held / f"{name}.json").read_text())
+    assert len(texts) == 1
+    manifest = json.loads(texts.pop())
+    if "--sum" in options:
+        sums = subprocess.run(["sha256sum", "raw"], cwd=held, capture_output=True, text=True, check=True).stdout
+        assert sums.split()[0] == manifest["sum"]
+    for name in ("overlay", "vmdk"):
+        done = vm_img(held, "verify", "--backing-chain", "--sum", "-m", "raw.json", name)
+        assert (done.returncode, done.stdout) == (0, "The image holds what the manifest says.\n"), done.stderr
+
+
+def test_verify_tells_each_range(held: Path) -> None:
+    """Each range that differs in a line, all of it in JSON, status 2."""
+    assert vm_img(held, "verify", "-q", "-b", "64k", "-w", "m", "overlay").stdout == ""
+    with (held / "raw").open("r+b") as file:
+        for offset in (100, 5 << 20, (5 << 20) + 70_000, 19 << 20):
+            file.seek(offset)
+            file.write(b"?")
+    done = vm_img(held, "verify", "-f", "raw", "-m", "m", "raw")
+    assert done.returncode == 2
+    assert done.stdout.splitlines() == [
+        "Content differs: offset 0, length 65536",
+        "Content differs: offset 5242880, length 131072",
+        "Content differs: offset 19922944, length 65536",
+    ]
+    found = json.loads(vm_img(held, "verify", "-f", "raw", "-m", "m", "--output=json", "raw").stdout)
+    assert found["same"] is False
+    assert found["differing-ranges"] == 3
+    assert found["differing-bytes"] == 262144
+    assert found["differences"][1] == {"offset": 5242880, "length": 131072}
+    with (held / "raw").open("r+b") as file:
+        file.truncate(10 << 20)
+    done = vm_img(held, "verify", "-f", "raw", "-m", "m", "raw")
+    assert done.returncode == 2
+    assert done.stdout.startswith("Size differs: 10485760 bytes instead of 20971520\n")
+
+
+def test_verify_tells_damaged_metadata(held: Path) -> None:
+    """Status 3 where the contents are right and the metadata is not; no manifest is made of such an image."""
+    assert vm_img(held, "verify", "-w", "m", "overlay").returncode == 0
+    for name, words in (("overlay", ()), ("base", ("--backing-chain",))):
+        data = bytearray((held / name).read_bytes())
+        good = bytes(data)
+        data[2 * 65536 + 2 * 5 : 2 * 65536 + 2 * 5 + 2] = b"\0\0"  # a refcount
+        (held / name).write_bytes(data)
+        done = vm_img(held, "verify", *words, "-m", "m", "overlay")
+        assert done.returncode == 3, done.stdout + done.stderr
+        assert f"{name}: metadata is damaged: " in done.stdout
+        done = vm_img(held, "verify", *words, "-w", "n", "overlay")
+        assert done.returncode == 3
+        assert not (held / "n").exists()
+        (held / name).write_bytes(good)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["-m", "none", "raw"], "Could not open manifest 'none': No such file or directory"),
+        (["-m", "raw", "raw"], "Manifest 'raw' cannot be used: not a manifest"),
+        (["-m", "m", "-w", "n", "raw"], "give one of them"),
+        (["-m", "m", "-b", "64k", "raw"], "those of the manifest"),
+        (["-b", "1000", "raw"], "a power of two"),
+        (["-a", "crc", "raw"], "algorithm 'crc' is not known; there is: sha256, blake2b"),
+        (["-w", "-", "--output=json", "raw"], "both want standard output"),
+        (["-w", "no/where", "raw"], "Could not write manifest 'no/where': No such file or directory"),
+        (["none"], "Could not open 'none'"),
+        ([], "Expecting one image file name"),
+    ],
+    ids=str,
+)
+def test_verify_errors(held: Path, words: list[str], said: str) -> None:
+    """One sentence, status 1."""
+    done = vm_img(held, "verify", "-f", "raw", *words)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_verify_to_standard_output(held: Path) -> None:
+    """``-w -`` prints the manifest and nothing else."""
+    done = vm_img(held, "verify", "-w", "-", "overlay")
+    assert json.loads(done.stdout)["virtual-size"] == 20 << 20
+    assert done.stderr == ""

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from .block.cache import CacheMode
     from .block.gate import Gate
     from .block.jobs.job import Cancelled, Job
+    from .block.jobs.verify import Manifest
     from .errors import BlockError, GateError, ImageError, LockError, PluginError, UsageError, VmError
     from .image import Image, MapEntry, create, open
-    from .jobs import commit, compact, compare, convert, measure, rebase
+    from .jobs import commit, compact, compare, convert, manifest, measure, rebase, verify
 
 __all__ = [
     "BlockError",
@@ -41,6 +42,7 @@ __all__ = [
     "ImageError",
     "Job",
     "LockError",
+    "Manifest",
     "MapEntry",
     "PluginError",
     "UsageError",
@@ -50,9 +52,11 @@ __all__ = [
     "compare",
     "convert",
     "create",
+    "manifest",
     "measure",
     "open",
     "rebase",
+    "verify",
 ]
 
 _WHERE = {
@@ -61,15 +65,18 @@ _WHERE = {
     "Gate": "vm_core.block.gate",
     "Image": "vm_core.image",
     "Job": "vm_core.block.jobs.job",
+    "Manifest": "vm_core.block.jobs.verify",
     "MapEntry": "vm_core.image",
     "commit": "vm_core.jobs",
     "compact": "vm_core.jobs",
     "compare": "vm_core.jobs",
     "convert": "vm_core.jobs",
     "create": "vm_core.image",
+    "manifest": "vm_core.jobs",
     "measure": "vm_core.jobs",
     "open": "vm_core.image",
     "rebase": "vm_core.jobs",
+    "verify": "vm_core.jobs",
 }
 
 

@@ -1,4 +1,4 @@
-"""Work on whole images, for programs: convert, compare, commit, rebase, measure, compact.
+"""Work on whole images, for programs: convert, compare, commit, rebase, measure, compact, verify.
 
     vm_core.convert("disk.qcow2", "disk.raw")
     vm_core.convert("disk.raw", "disk.qcow2", format="qcow2", compressed=True, cluster_size="128k")
@@ -7,6 +7,8 @@
     vm_core.rebase("overlay.qcow2", "other.qcow2", backing_format="qcow2")
     vm_core.measure("disk.raw", format="qcow2")["required"]
     vm_core.compact("disk.qcow2").after
+    held = vm_core.manifest("disk.qcow2")
+    if not vm_core.verify("backup.raw", held).same: ...
 
 Images are given by path (or any other spelling that :func:`vm_core.open` takes) or as an open :class:`vm_core.Image`,
 which stays open. *progress* is called with (bytes done, all bytes) from the work's own threads, one call at a time. To
@@ -36,6 +38,7 @@ from .image import Image
 if TYPE_CHECKING:
     from .block.format import Progress
     from .block.gate import Gate
+    from .block.jobs.verify import Manifest, Verification
 
 Spec = str | os.PathLike[str] | dict[str, Any] | Image
 
@@ -234,18 +237,62 @@ def compact(
     image: Spec,
     *,
     format: str | None = None,
+    dry_run: bool = False,
     gate: Gate | None = None,
     progress: Progress | None = None,
     job: Job | None = None,
 ) -> Compacted:
-    """Give back the host space that *image* holds for nothing: zeroes, free clusters, the end of the file.
+    """Give back the host space that *image* holds for nothing, and let its file end as early as possible.
 
-    It holds what it held at every moment. An image whose metadata is damaged is refused.
+    Zeroes and free clusters are given back, what lies at the end moves into free places (where the format's driver does
+    that). It holds what it held at every moment; nobody else writes to it meanwhile. *dry_run* only tells what there is
+    to gain. An image whose metadata is damaged is refused.
     """
     from .block.jobs.compact import compact
 
-    with _opened(image, format=format, gate=gate, write=True) as node:
-        return compact(node, job=_job(job, progress))
+    with _opened(image, format=format, gate=gate, write=not dry_run) as node:
+        return compact(node, job=_job(job, progress), dry_run=dry_run)
+
+
+def manifest(
+    image: Spec,
+    *,
+    format: str | None = None,
+    algorithm: str = "sha256",
+    block_size: int | str | None = None,
+    with_sum: bool = False,
+    gate: Gate | None = None,
+    progress: Progress | None = None,
+    job: Job | None = None,
+) -> Manifest:
+    """What *image* holds, by a digest for each block of *block_size* bytes (None: by the image's size).
+
+    Its ``lines()`` are the JSON that ``vm-img verify --write`` writes, ``Manifest.parse`` reads that. *with_sum*: also
+    the digest of all bytes in turn. Raises CopyError where something cannot be read.
+    """
+    from .block.jobs.verify import make_manifest
+    from .options import parse_size
+
+    size = parse_size(block_size, "block_size") if isinstance(block_size, str) else block_size
+    with _opened(image, format=format, gate=gate) as node:
+        return make_manifest(node, algorithm=algorithm, block_size=size, with_sum=with_sum, job=_job(job, progress))
+
+
+def verify(
+    image: Spec,
+    manifest: Manifest,
+    *,
+    format: str | None = None,
+    with_sum: bool = False,
+    gate: Gate | None = None,
+    progress: Progress | None = None,
+    job: Job | None = None,
+) -> Verification:
+    """Compare what *image* holds with a *manifest*; the result's ``same`` says whether it is that, and what differs."""
+    from .block.jobs.verify import verify
+
+    with _opened(image, format=format, gate=gate) as node:
+        return verify(node, manifest, with_sum=with_sum, job=_job(job, progress))
 
 
 def _job(job: Job | None, progress: Progress | None) -> Job:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
 import struct
 import subprocess
 from collections.abc import Iterable
@@ -17,27 +15,18 @@ import vm_core
 from vm_core.block.formatnode import FormatNode
 from vm_core.block.open import create_image, open_node
 from vm_core.errors import BlockError, ImageError
-from vm_core.testing.conformance import FormatConformance, Sample
+from vm_core.testing.conformance import Sample
 from vm_core.testing.nodes import MemoryNode
-
-LONG = bool(os.environ.get("VM_LONG"))
-
-
-def run(*words: object) -> str:
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+from vm_core.testing.qemu import LONG, Qemu, QemuConformance, run
 
 
 @pytest.fixture(autouse=True)
 def peer() -> None:
-    """Skipped (under VM_TEST_STRICT: failed) where qemu-img is not installed."""
-    if not shutil.which("qemu-img"):
-        assert not os.environ.get("VM_TEST_STRICT"), "qemu-img is missing"
-        pytest.skip("qemu-img is not installed")
+    """Skipped (in CI: failed) where qemu-img is not installed."""
+    Qemu("qed")
 
 
-class TestQed(FormatConformance):
+class TestQed(QemuConformance):
     """The kit, with qemu-img as the oracle."""
 
     driver = "qed"
@@ -55,22 +44,6 @@ class TestQed(FormatConformance):
             path = directory / f"sample{number}.qed"
             run("qemu-img", "convert", "-f", "raw", "-O", "qed", *options, raw, path)
             yield Sample(path, data)
-
-    def oracle_read(self, path: Path) -> bytes | None:
-        raw = path.with_suffix(".oracle")
-        run("qemu-img", "convert", "-f", "qed", "-O", "raw", path, raw)
-        return raw.read_bytes()
-
-    def oracle_check(self, path: Path) -> None:
-        done = subprocess.run(["qemu-img", "check", "-f", "qed", path], capture_output=True, text=True)
-        assert done.returncode in (0, 3), done.stdout + done.stderr
-
-    def oracle_make(self, path: Path, data: bytes, options: dict[str, Any]) -> bool:
-        raw = path.with_suffix(".source")
-        raw.write_bytes(data)
-        words = [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
-        run("qemu-img", "convert", "-f", "raw", "-O", "qed", *words, raw, path)
-        return True
 
 
 OPTIONS: list[dict[str, Any]] = [

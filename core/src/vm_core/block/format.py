@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .inplace import Source, Target
     from .node import Node
     from .open import OpenContext
+    from .relocation import Relocation
 
 
 #: Told how far a long operation is: bytes (or other units) done, and all there are.
@@ -68,6 +69,10 @@ class Format(ABC):
     #: Whether QEMU's driver says where data is; where not, a program that stands in for QEMU's tells data of the whole
     #: image in ``map``.
     peer_maps: bool = True
+    #: What the peer says where a new image cannot be written; ``{}`` is the system's reason.
+    create_failure: str = "Could not create image: {}"
+    #: And where the format named for the backing image of a new one, ``{}``, does not exist.
+    backing_format_failure: str = "Parameter 'backing-fmt' does not accept value '{}'"
     #: The recorded backing image, None for a standalone one.
     backing_reference: BackingReference | None = None
 
@@ -250,9 +255,25 @@ class Format(ABC):
         """
         return 0
 
+    def relocation(self) -> Relocation | None:
+        """What moves the file's last units into free places, see ``relocation.py``; None: they stay where they are.
+
+        Everything is stable, and the metadata was found to be sound. Changes nothing by itself.
+        """
+        return None
+
     def change_backing(self, filename: str | None, format: str | None) -> None:
         """Record another backing image (None: none) without looking at any data (``rebase -u``)."""
         raise UsageError("this format has no backing images")
+
+    def backing_commits(self, node: Node) -> None:
+        """The backing image *node*, writable by now, will be changed into what this image shows (``commit``).
+
+        For formats that remember which state of it they were made on: the one that it will be in is as good.
+        """
+
+    def backing_committed(self, node: Node) -> None:
+        """It was changed so, as far as it went: the state in which it is now is the one to remember."""
 
     @classmethod
     def measure(cls, size: int, data: Iterable[tuple[int, int]], options: dict[str, Any]) -> dict[str, int]:
@@ -287,10 +308,6 @@ class Format(ABC):
 
     def close(self) -> None:
         """Write back what is cached (unless read-only). The core closes the children."""
-
-    def unsaved(self) -> Sequence[str]:
-        """What differs from the disk after a flush has failed, in the peer's words."""
-        return ()
 
     def children(self) -> dict[str, Node]:
         """Nodes opened with ``context.open_child`` besides ``file`` and ``backing``, by role."""

@@ -9,7 +9,6 @@ for writing; an image that still has it was not closed, and is written to again 
 from __future__ import annotations
 
 import errno
-import sys
 from array import array
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vm_core.block.format import Format
 from vm_core.block.mapping import Allocation, Kind, Mapping
 from vm_core.block.structs import Record, raw, u32, u64
+from vm_core.block.tables import dump, load
 from vm_core.errors import BlockError, ImageError, UsageError
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class Header(Record, order="little"):
 class Parallels(Format):
     """One open image. ``_bat[n]`` times ``_unit`` is where guest cluster *n* lies; 0: nowhere."""
 
+    create_failure = "Failed to create Parallels image: {}"
     tells_clusters = False
 
     def __init__(self, file: Node, header: Header, bat: array[int], name: str, readonly: bool) -> None:
@@ -62,6 +63,8 @@ class Parallels(Format):
         self._bat = bat
         self._name = name
         self._dirty: set[int] = set()
+        #: The mark in the header says only that the image is open here.
+        self._own_mark = False
         extended = header.magic == MAGIC_EXT
         self._unit = self.cluster_size if extended else SECTOR
         self._size = (header.sectors if extended else header.sectors & 0xFFFFFFFF) * SECTOR
@@ -87,9 +90,10 @@ class Parallels(Format):
             raise bad("Catalog too large")
         if Header.LENGTH + 4 * header.bat_entries > file.size:
             raise bad(f"the table of {header.bat_entries} entries does not fit the file ({file.size} bytes)")
-        bat = _swapped(file.pread(Header.LENGTH, 4 * header.bat_entries))
+        bat = load("I", file.pread(Header.LENGTH, 4 * header.bat_entries), "little")
         self = cls(file, header, bat, context.filename, context.readonly)
-        if self._size > len(bat) * self.cluster_size:
+        if self._size > len(bat) * self.cluster_size and not context.readonly:
+            # To be read, the rest is not allocated: so QEMU makes disks of 4 PiB, whose entries 32 bits cannot count.
             raise bad(f"a table of {len(bat)} entries is too short for {self._size} bytes")
         if self._size >= 1 << 63:
             raise bad("the disk is too large")
@@ -111,8 +115,11 @@ class Parallels(Format):
         end, limit, writable = offset + length, self._end, not self.readonly
         while offset < end:
             first = index = offset // size
+            if index >= len(bat):
+                yield Mapping(Kind.UNALLOCATED, offset, end - offset)
+                return
             entry = bat[index]
-            last = -(-end // size)
+            last = min(-(-end // size), len(bat))
             index += 1
             if entry:
                 expected = entry + step
@@ -170,10 +177,11 @@ class Parallels(Format):
     def _write_back(self) -> None:
         for page in sorted(self._dirty):
             piece = self._bat[page * PAGE : (page + 1) * PAGE]
-            self.file.pwrite(Header.LENGTH + 4 * page * PAGE, _swapped(piece).tobytes())
+            self.file.pwrite(Header.LENGTH + 4 * page * PAGE, dump(piece, "little"))
         self._dirty.clear()
 
     def _mark(self, value: int) -> None:
+        self._own_mark = value == IN_USE
         self._header.in_use = value
         self.file.pwrite(*self._header.pack_fields("in_use"))
         self.file.flush()
@@ -201,7 +209,7 @@ class Parallels(Format):
         all_, verb = repair == "all", "Repairing" if repair == "all" else "ERROR"
         size, unit, bat = self.cluster_size, self._unit, self._bat
         limit = self.file.size
-        if self._header.in_use == IN_USE:
+        if self._header.in_use == IN_USE and not self._own_mark:
             messages.append(f"{verb} image was not closed correctly")
             corruptions += 1
             corruptions_fixed += all_
@@ -243,7 +251,7 @@ class Parallels(Format):
                 leaks_fixed += leaked
         if all_ and not self.readonly:
             self.flush()
-            if corruptions == corruptions_fixed and self._header.in_use == IN_USE:
+            if corruptions == corruptions_fixed and self._header.in_use == IN_USE and not self._own_mark:
                 self._mark(0)
         result: dict[str, Any] = {
             "check-errors": 0,
@@ -289,11 +297,3 @@ class Parallels(Format):
         )
         file.pwrite(0, header.pack())
         file.truncate(data)
-
-
-def _swapped(data: bytes | array[int]) -> array[int]:
-    """32-bit numbers between disk and memory."""
-    table = array("I", data)
-    if sys.byteorder == "big":
-        table.byteswap()
-    return table

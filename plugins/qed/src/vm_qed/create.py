@@ -41,7 +41,7 @@ def create(file: Node, size: int, options: dict[str, Any]) -> None:
         header.backing_filename_offset, header.backing_filename_size = Header.LENGTH, len(name)
         if format == "raw":
             header.features |= headers.BACKING_FORMAT_NO_PROBE
-        if Header.LENGTH + len(name) > cluster or len(name) > 1023:
+        if Header.LENGTH + len(name) > cluster or len(name) > headers.MAX_BACKING_NAME:
             raise UsageError("Backing file name too long")
     file.pwrite(0, header.pack() + name)
     file.truncate(cluster + header.table_length)

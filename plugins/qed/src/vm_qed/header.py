@@ -23,6 +23,8 @@ AUTOCLEAR = 0
 CLUSTER_MIN, CLUSTER_MAX = 1 << 12, 1 << 26
 TABLE_MIN, TABLE_MAX = 1, 16
 SECTOR = 512
+#: Bytes in the name of a backing file; longer ones are no path on any host.
+MAX_BACKING_NAME = 4095
 
 
 class Header(Record, order="little"):
@@ -94,6 +96,11 @@ def read(file: Node, name: str) -> Header:
         last = header.backing_filename_offset + header.backing_filename_size
         if last > header.cluster_size * header.header_size or last > size:
             raise ImageError(name, "QED backing filename offset is invalid")
-        if header.backing_filename_size > 1023:
-            raise ImageError(name, "QED backing filename is too long (1023 bytes are possible)")
+        if header.backing_filename_size > MAX_BACKING_NAME:
+            raise ImageError(
+                name,
+                f"the name of the backing file has {header.backing_filename_size} bytes; "
+                f"{MAX_BACKING_NAME} are possible",
+                peer="Failed to read backing filename",
+            )
     return header

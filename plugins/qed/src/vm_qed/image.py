@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vm_core.block.inplace import Source, Target
     from vm_core.block.node import Node
     from vm_core.block.open import OpenContext
+    from vm_core.block.relocation import Relocation
 
 
 class Qed(Format):
@@ -199,6 +200,24 @@ class Qed(Format):
     def _write_header(self, first: str, last: str = "") -> None:
         self.file.pwrite(*self.header.pack_fields(first, last))
 
+    def relocation(self) -> Relocation:
+        from .relocation import QedRelocation
+
+        return QedRelocation(self)
+
+    def changing(self) -> None:
+        """The tables are about to change: let whoever opens the image after a power cut check it."""
+        if not self.header.features & headers.NEED_CHECK:
+            self.mark(True)
+            self.file.flush()
+
+    def cut(self, end: int) -> None:
+        """Nothing lies at *end* or behind it: end the file there."""
+        self.flush()
+        if end < self.file.size:
+            self.file.truncate(end)
+        self.tables.end = end
+
     def truncate(self, size: int) -> None:
         header = self.header
         if size < header.image_size:
@@ -215,7 +234,8 @@ class Qed(Format):
             raise ImageError(self.name, "the image has unknown compatible features; its header is not changed")
         features = header.features & ~(headers.BACKING_FILE | headers.BACKING_FORMAT_NO_PROBE)
         name = (filename or "").encode("utf-8", "surrogateescape")
-        if Header.LENGTH + len(name) > header.cluster_size * header.header_size or len(name) > 1023:
+        room = min(header.cluster_size * header.header_size - Header.LENGTH, headers.MAX_BACKING_NAME)
+        if len(name) > room:
             raise BlockError.of(errno.ENOSPC)
         if name:
             features |= headers.BACKING_FILE

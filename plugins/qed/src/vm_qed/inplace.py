@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vm_core.block.inplace import SECTOR, Contents, Extra, HeaderPlan, Source, Space, Target, place_beside
+from vm_core.block.tables import dump
 from vm_core.errors import ImageError
 
 from . import header as headers
 from .header import Header
-from .tables import ZERO, swapped
+from .tables import ZERO
 
 if TYPE_CHECKING:
     from vm_core.block.node import Node
@@ -114,7 +115,7 @@ class QedTarget(Target):
     def _write_table(self) -> None:
         if self._table is not None:
             offset = self.space.take(self.header.table_length)
-            self.space.write(offset, swapped(self._table).tobytes())
+            self.space.write(offset, dump(self._table, "little"))
             self._l1[self._number] = offset
             self._table = None
 
@@ -127,7 +128,7 @@ class QedTarget(Target):
             entries = array("Q", bytes(8 * (numbers[-1] + 1)))
             for number in numbers:
                 entries[number] = self._l1[number]
-            space.write(l1, swapped(entries).tobytes())
+            space.write(l1, dump(entries, "little"))
         backing = self.contents.backing
         parts: list[tuple[int, bytes]] = []
         name = b""
@@ -161,7 +162,7 @@ class QedTarget(Target):
             if table is None:
                 table = self._new_table(file, number)
             # These entries say nothing yet, and each is stable or not: clusters that nobody uses, or past the end.
-            file.pwrite(table + 8 * index, swapped(array("Q", waiting[:run])).tobytes())
+            file.pwrite(table + 8 * index, dump(array("Q", waiting[:run]), "little"))
             del waiting[:run]
             missing -= run
             cluster += run

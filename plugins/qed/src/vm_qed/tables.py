@@ -8,11 +8,11 @@ nothing that is not there.
 from __future__ import annotations
 
 import errno
-import sys
 from array import array
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
+from vm_core.block.tables import dump, load
 from vm_core.errors import BlockError
 
 if TYPE_CHECKING:
@@ -34,14 +34,6 @@ UNALLOCATED = 0
 ZERO = 1
 
 
-def swapped(data: bytes | array[int]) -> array[int]:
-    """64-bit numbers between disk and memory."""
-    table = array("Q", data)
-    if sys.byteorder == "big":
-        table.byteswap()
-    return table
-
-
 class Tables:
     """Both levels of an image's tables."""
 
@@ -52,7 +44,7 @@ class Tables:
         # Entries past the end of the image may set clusters aside; of a very large table only those are read that the
         # image's size needs.
         count = header.entries if header.table_length <= MAX_L1_BYTES else -(-header.image_size // span)
-        self.l1 = swapped(file.pread(header.l1_table_offset, 8 * count))
+        self.l1 = load("Q", file.pread(header.l1_table_offset, 8 * count), "little")
         self._page = min(PAGE, header.entries)
         self._pages: OrderedDict[tuple[int, int], array[int]] = OrderedDict()
         self._waiting: set[tuple[int, int]] = set()
@@ -72,7 +64,7 @@ class Tables:
         known, wanted = len(self.l1), -(-size // span)
         if wanted > known:
             where = self.header.l1_table_offset + 8 * known
-            self.l1.extend(swapped(self.file.pread(where, 8 * (wanted - known))))
+            self.l1.extend(load("Q", self.file.pread(where, 8 * (wanted - known)), "little"))
 
     def valid_table(self, offset: int, limit: int) -> bool:
         """Whether a table may lie at *offset* of a file of *limit* bytes."""
@@ -96,7 +88,7 @@ class Tables:
         if not self.valid_table(where, max(self.end, self.file.size)):
             raise BlockError(errno.EINVAL, f"L2 table {number} at {where:#x} lies outside the image file")
         length = 8 * self._page
-        table = swapped(self.file.pread(where + page * length, length))
+        table = load("Q", self.file.pread(where + page * length, length), "little")
         self._keep(key, table)
         return table
 
@@ -150,13 +142,13 @@ class Tables:
         for key in sorted(self._waiting):
             number, page = key
             self.file.event("l2_update")
-            self.file.pwrite(self.l1[number] + page * 8 * self._page, swapped(self._pages[key]).tobytes())
+            self.file.pwrite(self.l1[number] + page * 8 * self._page, dump(self._pages[key], "little"))
         self._waiting.clear()
         if self._l1_waiting:
             self.file.flush()
             first, last = min(self._l1_waiting), max(self._l1_waiting) + 1
             self.file.event("l1_update")
-            self.file.pwrite(self.header.l1_table_offset + 8 * first, swapped(self.l1[first:last]).tobytes())
+            self.file.pwrite(self.header.l1_table_offset + 8 * first, dump(self.l1[first:last], "little"))
             self._l1_waiting.clear()
 
     def drop_table(self, number: int) -> None:

@@ -21,10 +21,11 @@ from vm_core.block.node import Node
 from vm_core.block.tables import dump, load, places, run_length, runs
 from vm_core.errors import ImageError, UsageError
 
-from .header import SECTOR, STATIC, ZERO, Header, read_header
+from .header import DIFFERENCING, DYNAMIC, NO_UUID, SECTOR, STATIC, UNALLOCATED, ZERO, Header, read_header
 
 if TYPE_CHECKING:
     from vm_core.block.open import OpenContext
+    from vm_core.block.relocation import Relocation
 
 #: Entries of the block map in a sector.
 _PER_SECTOR = SECTOR // 4
@@ -32,6 +33,8 @@ _PER_SECTOR = SECTOR // 4
 
 class Vdi(Format):
     """One open image. ``_map[n]`` is the number of the block that holds guest block *n*, or one of the markers."""
+
+    create_failure = "Error writing header"
 
     def __init__(self, file: Node, name: str, header: Header, *, readonly: bool) -> None:
         """Read the block map; for writing also see to it that it can be added to. Raises ImageError."""
@@ -242,6 +245,68 @@ class Vdi(Format):
                 header.blocks_allocated = former
                 raise
 
+    def empty(self) -> None:
+        """Forget all blocks: the map first, then the count, and only then the file's end."""
+        if not self.header.differencing:
+            raise UsageError("an image without a parent cannot be emptied")
+        self.flush()
+        for index in range(0, len(self._map), _PER_SECTOR):
+            piece = self._map[index : index + _PER_SECTOR]
+            blank = array("I", (UNALLOCATED,)) * len(piece)
+            if piece != blank:
+                self._map[index : index + len(piece)] = blank
+                self._dirty.add(index // _PER_SECTOR)
+        self.flush()
+        self.cut(0, [])
+
+    def change_backing(self, filename: str | None, format: str | None) -> None:
+        """Name another parent, by its UUIDs; without one what is not here reads as zeroes."""
+        from .parents import look_at
+
+        if format not in (None, "vdi"):
+            raise UsageError(f"the parent of a VDI image is a VDI image, not one of format '{format}'")
+        header = self.header
+        link = parent = NO_UUID
+        if filename:
+            if header.image_type == STATIC:
+                raise UsageError("a static VDI image has no parent")
+            below, whole = look_at(filename, self.file.filename)
+            if whole > self.size:
+                raise UsageError(f"'{filename}' has {whole} bytes: a VDI image is no smaller than the one below it")
+            link, parent = below.uuid_image, below.uuid_last_snap
+        self.flush()
+        self._link(link, parent, DIFFERENCING if filename else DYNAMIC if header.differencing else header.image_type)
+        self.backing_reference = BackingReference(filename, "vdi") if filename else None
+        self._absent = Kind.UNALLOCATED if filename else Kind.ZERO
+
+    def _link(self, link: bytes, parent: bytes, kind: int) -> None:
+        """Write the parent's UUIDs and the image's type, all in one sector."""
+        header = self.header
+        former = header.uuid_link, header.uuid_parent, header.image_type
+        if former == (link, parent, kind):
+            return
+        header.uuid_link, header.uuid_parent, header.image_type = link, parent, kind
+        try:
+            start, data = header.pack_fields("image_type", "uuid_parent")
+            # As it is on disk, but for these.
+            sector = bytearray(self.file.pread(0, SECTOR))
+            for name in ("image_type", "uuid_link", "uuid_parent"):
+                field = header.field(name)
+                sector[field.offset : field.end] = data[field.offset - start : field.end - start]
+            self.file.pwrite(0, bytes(sector))
+            self.file.flush()
+        except BaseException:
+            header.uuid_link, header.uuid_parent, header.image_type = former
+            raise
+
+    def backing_committed(self, node: Node) -> None:
+        from vm_core.block.parents import recorded_parent
+
+        below, header = recorded_parent(node), self.header
+        if not isinstance(below, Vdi) or below.header.uuid_image != header.uuid_link or header.uuid_parent == NO_UUID:
+            return
+        self._link(header.uuid_link, below.header.uuid_last_snap, header.image_type)
+
     def reopen(self, *, readonly: bool) -> None:
         if readonly:
             self.flush()
@@ -259,6 +324,34 @@ class Vdi(Format):
         if repair:
             raise UsageError("VDI images cannot be checked and repaired: checking alone tells what is wrong")
         return check(self.header, self._map)
+
+    # Compacting
+
+    def relocation(self) -> Relocation | None:
+        if self.header.image_type == STATIC:  # every block is to have its place
+            return None
+        from .relocation import VdiRelocation
+
+        return VdiRelocation(self)
+
+    @property
+    def block_map(self) -> array[int]:
+        """The number of each guest block's block, or a marker. Not to be changed."""
+        return self._map
+
+    def place(self, index: int, number: int) -> None:
+        """Let guest block *index* be block *number*, or what this marker says, from the next flush on."""
+        self._map[index] = number
+        self._touch(index, 1)
+
+    def cut(self, count: int, free: list[int]) -> None:
+        """End the file behind *count* blocks, of which those numbered *free* hold nothing. The map is stable."""
+        self._next, self._free = count, free
+        self.flush()
+        end = self._data + count * self.cluster_size
+        if end < self.file.size:
+            self.file.truncate(end)
+        self._known_end = self.file.size
 
     @classmethod
     def create(cls, file: Node, size: int, options: dict[str, Any]) -> None:

@@ -11,11 +11,11 @@ from array import array
 from typing import Any, NamedTuple
 
 from vm_core.block.node import Node
+from vm_core.block.tables import dump
 from vm_core.errors import ImageError, UsageError
 
 from . import chain
 from .descriptor import NO_PARENT, NewDescriptor
-from .entries import to_bytes
 from .header import (
     COMPRESSION_DEFLATE,
     FLAG_COMPRESSED,
@@ -184,7 +184,7 @@ def make_sparse(file: Node, size: int, *, zeroed: bool, stream: bool) -> None:
         for start in range(0, tables, _STEP):
             count = min(_STEP, tables - start)
             numbers = array("I", range(first + start * TABLE, first + (start + count) * TABLE, TABLE))
-            file.pwrite(place * SECTOR + start * 4, to_bytes(numbers))
+            file.pwrite(place * SECTOR + start * 4, dump(numbers, "little"))
     # The header last: before it is there, this is no extent at all.
     file.pwrite(0, header.pack())
 

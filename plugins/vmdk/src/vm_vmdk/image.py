@@ -28,6 +28,7 @@ from .sparse import SparseExtent, cowd_geometry, hosted_geometry, pack_grain, re
 if TYPE_CHECKING:
     from vm_core.block.node import Node
     from vm_core.block.open import OpenContext
+    from vm_core.block.relocation import Relocation
 
 #: ``createType`` of images whose extents are those of the descriptor. What kind each extent is, its line says.
 _TYPES = frozenset(
@@ -58,6 +59,8 @@ _MAX_SIZE = (1 << 63) - SECTOR
 
 class Vmdk(Format):
     """One open image."""
+
+    backing_format_failure = "backing_file must be a vmdk image"
 
     def __init__(
         self, file: Node, name: str, descriptor: Descriptor, place: int, extents: Sequence[Extent], *, readonly: bool
@@ -226,6 +229,12 @@ class Vmdk(Format):
         for extent in self.extents:
             extent.flush()
         self.file.flush()
+
+    def relocation(self) -> Relocation | None:
+        from .relocation import VmdkRelocation
+
+        found = VmdkRelocation(self)
+        return found if found.possible else None
 
     def truncate(self, size: int) -> None:
         """As in QEMU: no."""

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vm_core.block.mapping import Kind, Mapping
+from vm_core.block.tables import load, run_length
 from vm_core.errors import ImageError
 
-from .entries import from_bytes, run_length
 from .extent import Extent
 from .header import SECTOR, SeSparseHeader, SeSparseVolatileHeader
 from .tables import CACHE_BYTES, MAX_DIRECTORY
@@ -60,7 +60,7 @@ class SeSparseExtent(Extent):
             raise ImageError(
                 name, f"the grain directory ({count * 8} bytes at {offset:#x}) reaches past the end of the file"
             )
-        self._directory = from_bytes("Q", file.pread(offset, count * 8))
+        self._directory = load("Q", file.pread(offset, count * 8), "little")
         self._tables = header.tables_offset * SECTOR
         self._table_bytes = header.table_size * SECTOR
         self._grains = header.grains_offset * SECTOR
@@ -129,7 +129,7 @@ class SeSparseExtent(Extent):
                     self.name,
                     f"grain table {number} ({self._table_bytes} bytes at {offset:#x}) reaches past the end of the file",
                 )
-            table = from_bytes("Q", self.file.pread(offset, self._table_bytes))
+            table = load("Q", self.file.pread(offset, self._table_bytes), "little")
             if len(self._cache) >= CACHE_BYTES // self._table_bytes:
                 self._cache.clear()
             self._cache[number] = table

@@ -408,6 +408,13 @@ class SparseExtent(Extent):
         if self.file.size > self._next:
             self.file.truncate(self._next)
 
+    def cut(self, end: int) -> None:
+        """No grain and no table lies at *end* or behind it: end the file there."""
+        self.flush()
+        self._next = -(-max(end, self.geometry.overhead) // self.grain) * self.grain
+        if end < self.file.size:
+            self.file.truncate(end)
+
     def can_zero(self, offset: int, stop: int) -> bool:
         return self.zeroed and offset % self.grain == 0 and (stop % self.grain == 0 or stop == self.length)
 

@@ -16,9 +16,9 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from vm_core.block.tables import dump, load, run_length
 from vm_core.errors import ImageError
 
-from .entries import from_bytes, run_length, to_bytes
 from .header import SECTOR
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Tables:
                 self.name,
                 f"the {what} ({size} bytes at {offset:#x}) reaches past the end of the file ({self.file.size} bytes)",
             )
-        return from_bytes("I", self.file.pread(offset, size))
+        return load("I", self.file.pread(offset, size), "little")
 
     def load_redundant(self) -> None:
         """Read the redundant directory too, before anything is written. Raises ImageError."""
@@ -122,7 +122,7 @@ class Tables:
         found = {}
         for index in range(count):
             if number + index not in self._cache:
-                found[number + index] = from_bytes("I", data[index * self.bytes : (index + 1) * self.bytes])
+                found[number + index] = load("I", data[index * self.bytes : (index + 1) * self.bytes], "little")
         self._keep(found)
         return found[number]
 
@@ -201,7 +201,7 @@ class Tables:
             for directory, offset in ((self.redundant, self._redundant_offset), (self.directory, self._offset)):
                 if directory is not None and offset is not None:
                     for first, count in _ranges(sorted(self._new)):
-                        file.pwrite(offset + first * 4, to_bytes(directory[first : first + count]))
+                        file.pwrite(offset + first * 4, dump(directory[first : first + count], "little"))
             file.flush()
             self._new.clear()
         self._dirty.clear()
@@ -220,7 +220,7 @@ class Tables:
                 pending = []
             if not pending:
                 start = place
-            pending.append(memoryview(to_bytes(self._cache[number])))
+            pending.append(memoryview(dump(self._cache[number], "little")))
         if pending:
             self.file.write(start, pending)
 

@@ -121,8 +121,7 @@ class Bench:
             returned = finished[:]
             finished.clear()
             for request in returned:
-                if request.status:
-                    raise BlockError.of(request.status)
+                self._check(request)
                 if request.op is Op.FLUSH:
                     flushes -= 1
                 else:
@@ -133,8 +132,7 @@ class Bench:
             if not finished:
                 self._wait()
             for request in finished:
-                if request.status:
-                    raise BlockError.of(request.status)
+                self._check(request)
                 flushes -= 1
             finished.clear()
         self._position = position
@@ -143,9 +141,11 @@ class Bench:
         self._backend.submit([Request(Op.FLUSH)])
         while not self._finished:
             self._wait()
-        request = self._finished.pop()
+        self._check(self._finished.pop())
+
+    def _check(self, request: Request) -> None:
         if request.status:
-            raise BlockError.of(request.status)
+            raise self._backend.fatal or BlockError.of(request.status)
 
     def close(self) -> None:
         """End the engine. The image stays open."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ...errors import ImageError, UsageError
+from ..format import Format
 from ..formatnode import FormatNode
 from ..node import Node
 from .convert import ConvertOptions, convert
@@ -32,8 +33,9 @@ def commit(
 ) -> None:
     """Write into *base* (None: the backing image of *top*) what *top* and the images between hold; then empty *top*.
 
-    *base* is made writable where it is not, and grows where *top* is longer. With *keep* the overlay is left as it is;
-    an overlay whose *base* is not its own backing image always is: emptied, it would show what lies between.
+    *base* is made writable where it is not, and grows where *top* is longer; the image above it, which may remember the
+    state in which *base* was, is told. With *keep* the overlay is left as it is; an overlay whose *base* is not its own
+    backing image always is: emptied, it would show what lies between.
     Raises ImageError, CopyError, Cancelled, BlockError.
     """
     images = chain(top)
@@ -46,7 +48,9 @@ def commit(
     was_readonly = base.readonly
     if was_readonly:
         base.reopen(readonly=False)
+    above = images[_place(base, images) - 1]
     try:
+        _tell(above, base, done=False)
         if base.size < top.size:
             base.truncate(top.size)
         convert(
@@ -62,6 +66,36 @@ def commit(
     finally:
         if was_readonly:
             base.reopen(readonly=True)
+        _tell(above, base, done=True)
+
+
+def _place(base: Node, images: list[Node]) -> int:
+    """The place of *base* among *images*, the first below the top where it is not there."""
+    return next((number for number, one in enumerate(images) if number and one is base), 1)
+
+
+def _tell(overlay: Node, base: Node, *, done: bool) -> None:
+    """Tell the image above *base*, where its format wants to know, that *base* was changed into what it shows, or will
+    be."""
+    if not isinstance(overlay, FormatNode):
+        return
+    kind = type(overlay.format)
+    if (
+        (kind.backing_committed is Format.backing_committed)
+        if done
+        else (kind.backing_commits is Format.backing_commits)
+    ):
+        return
+    was_readonly = overlay.readonly
+    if was_readonly:
+        overlay.reopen(readonly=False)
+    try:
+        with overlay.quiesce() as driver:
+            (driver.backing_committed if done else driver.backing_commits)(base)
+            driver.flush()
+    finally:
+        if was_readonly:
+            overlay.reopen(readonly=True)
 
 
 def empty(node: Node) -> None:

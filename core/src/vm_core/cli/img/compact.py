@@ -10,13 +10,13 @@ from .common import Failure, Tool, reason
 if TYPE_CHECKING:
     from ...block.node import Node
 
-LONG = {"help": "h", "object:": "object", "image-opts": "image-opts", "output:": "output"}
+LONG = {"help": "h", "dry-run": "n", "object:": "object", "image-opts": "image-opts", "output:": "output"}
 
 
 def run(args: list[str], tool: Tool) -> int:
-    """``compact [-f FMT] [-c] [-t CACHE] [-p] [-q] [--output=json] FILE [COPY]``."""
-    format, cache, image_opts, show, json, compressed = None, "writeback", False, False, False, False
-    options = tool.options(args, "hf:t:pqc", LONG)
+    """``compact [-f FMT] [-n] [-c] [-t CACHE] [-p] [-q] [--output=json] FILE [COPY]``."""
+    format, cache, image_opts, show, json, compressed, dry_run = None, "writeback", False, False, False, False, False
+    options = tool.options(args, "hf:t:pqcn", LONG)
     for key, value in options:
         match key:
             case "f":
@@ -29,6 +29,8 @@ def run(args: list[str], tool: Tool) -> int:
                 tool.quiet = True
             case "c":
                 compressed = True
+            case "n":
+                dry_run = True
             case "object":
                 tool.add_object(value)
             case "image-opts":
@@ -39,30 +41,51 @@ def run(args: list[str], tool: Tool) -> int:
         tool.usage("Expecting an image file name, and at most one of a copy")
     if compressed and len(options.rest) == 1:
         raise Failure("-c compresses a copy: give its name behind the image's")
+    if dry_run and len(options.rest) == 2:
+        raise Failure("-n tells what compacting in place would do: give no copy")
     show = show and not tool.quiet
     name = options.rest[0]
     mode = tool.cache(cache)
     in_place = len(options.rest) == 1
-    with tool.open(name, image_opts=image_opts, format=format, write=in_place, cache=mode) as node:
+    with tool.open(name, image_opts=image_opts, format=format, write=in_place and not dry_run, cache=mode) as node:
         from ...block.jobs.job import Job
 
         with tool.progress(show) as progress:
             job = Job(progress if show or tool.progress_mode == "json" else None)
-            if in_place:
-                from ...block.jobs.compact import compact
-
-                result = compact(node, job=job)
-                before, after = result.before, result.after
-            else:
+            if not in_place:
                 before = node.allocated()
                 after = _copy(tool, node, options.rest[1], compressed, job)
-    if json:
-        tool.json({"filename": options.rest[-1], "before": before, "after": after})
-    else:
-        from ...sizes import human
+                facts = {"before": before, "after": after}
+            else:
+                from ...block.jobs.compact import compact
 
-        tool.say(f"Image compacted: {human(before)} on disk before, {human(after)} now.")
+                result = compact(node, job=job, dry_run=dry_run)
+                facts = {} if dry_run else {"before": result.before, "after": result.after}
+                facts |= {"length-before": result.length_before, "length-after": result.length_after}
+                facts |= {"zeroes": result.zeroes, "moved": result.moved or 0}
+        driver, movable = node.driver, not in_place or result.moved is not None
+    if json:
+        tool.json({"filename": options.rest[-1], **facts})
+    else:
+        _tell(tool, facts, driver, movable, dry_run)
     return 0
+
+
+def _tell(tool: Tool, facts: dict[str, int], driver: str, movable: bool, dry_run: bool) -> None:
+    from ...sizes import human
+
+    if dry_run:
+        tool.say(
+            f"The file would be about {human(facts['length-after'])} long instead of {human(facts['length-before'])}, "
+            f"with {human(facts['moved'])} moved; {human(facts['zeroes'])} are zeroes that take space."
+        )
+    else:
+        text = f"Image compacted: {human(facts['before'])} on disk before, {human(facts['after'])} now"
+        if facts.get("length-before", 0) != facts.get("length-after", 0):
+            text += f"; the file was {human(facts['length-before'])} long and is {human(facts['length-after'])} now"
+        tool.say(f"{text}.")
+    if not movable and driver != "raw":
+        tool.say(f"In {driver} images nothing is moved: what lies at the end of the file stays there.")
 
 
 def _moved(name: str, image: str, target: str) -> str:
@@ -77,6 +100,28 @@ def _moved(name: str, image: str, target: str) -> str:
     return name if here == there else os.path.relpath(os.path.join(here, name), there)
 
 
+def _refuse(tool: Tool, node: Node, target: str) -> None:
+    """What a copy would not have, or would destroy. Raises Failure; what is left out knowingly is told."""
+    import os
+
+    from ...block.formatnode import FormatNode
+
+    if os.path.exists(target) and os.path.exists(node.filename) and os.path.samefile(target, node.filename):
+        raise Failure(f"'{target}' is the image itself: give no copy, and it is compacted in place")
+    if not isinstance(node, FormatNode):
+        return
+    driver = node.format
+    if "data-file" in node.children():
+        raise Failure("an image with a data file cannot be compacted into a copy, which would use the same data file")
+    if driver.encrypted:
+        raise Failure(
+            "an encrypted image cannot be compacted into a copy: vm-img convert makes one, with a key that it is given"
+        )
+    for what, found in (("internal snapshots", driver.snapshots()), ("dirty bitmaps", driver.bitmaps())):
+        if found:
+            tool.warn(f"the copy has none of the image's {len(found)} {what}")
+
+
 def _copy(tool: Tool, node: Node, target: str, compressed: bool, job: Any) -> int:
     """A copy of the same format, with the same options and backing image; returns the bytes it takes on disk."""
     from ...block.formatnode import FormatNode
@@ -88,6 +133,7 @@ def _copy(tool: Tool, node: Node, target: str, compressed: bool, job: Any) -> in
     if "create" not in driver.capabilities:
         raise Failure(f"Format driver '{node.driver}' does not support image creation")
     image = node if isinstance(node, FormatNode) else None
+    _refuse(tool, node, target)
     given: dict[str, Any] = {}
     if image is not None:
         facts = {**image.info(), "cluster-size": image.cluster_size}

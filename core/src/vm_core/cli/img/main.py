@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ...errors import VmError
+from ...errors import FatalError, VmError
+from ..getopt import MISSING, UNKNOWN, Getopt
 from .common import Exit, Failure, Tool, reason
-from .getopt import MISSING, UNKNOWN, Getopt
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -39,6 +39,7 @@ EXTRA: dict[str, str] = {
     "compact": "compact",
     "completion": "completion",
     "convert-inplace": "convert_inplace",
+    "verify": "verify",
 }
 
 _LONG = {"help": "h", "version": "V", "trace:": "T"}
@@ -71,6 +72,10 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         return code
     except Exit as end:
         return _end(end.code)
+    except FatalError as error:
+        code = _end(1)
+        sys.stderr.write(f"{error}\n")
+        return code
     except BrokenPipeError:
         # The reader of our output has gone; nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
