@@ -36,6 +36,8 @@ class Option:
     required: bool = False
     #: An open option that makes the image another one: it belongs to the image's ``json:`` name.
     defining: bool = False
+    #: A create option that the program which made the format does not have: nor has one that stands in for it.
+    ours: bool = False
 
 
 @attrs.frozen

@@ -26,6 +26,14 @@ class VmError(Exception):
         return self
 
 
+class FatalError(Exception):
+    """Something was found after which no request is to be carried out any more: images have to stay as they are now.
+
+    Filters that compare images raise it. A program prints ``str()``, nothing before or after it, and exits with status
+    1. This is no VmError and no OSError, since whoever handles those goes on with the next request or command.
+    """
+
+
 class UsageError(VmError):
     """The command line or an option is wrong; the message names it and says what is accepted."""
 

@@ -112,7 +112,7 @@ class Image(io.RawIOBase):
             "filename": node.filename,
             "format": node.driver,
             "virtual-size": node.size,
-            "actual-size": node.allocated(),
+            **node.known_allocated(),
         }
         if node.cluster_size > 1:
             found["cluster-size"] = node.cluster_size

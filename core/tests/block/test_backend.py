@@ -19,7 +19,7 @@ from vm_core.block.node import Buffer
 from vm_core.block.open import open_node
 from vm_core.block.raw import RawNode
 from vm_core.block.request import Op, Request
-from vm_core.errors import BlockError, PluginError, UsageError
+from vm_core.errors import BlockError, FatalError, PluginError, UsageError
 from vm_core.testing.nodes import FailingNode, MemoryNode, PassingNode
 
 K = 1024
@@ -244,6 +244,25 @@ def test_a_driver_s_bug_is_an_io_error(capsys: pytest.CaptureFixture[str]) -> No
     assert "ZeroDivisionError" in capsys.readouterr().err
     backend.submit([Request(Op.FLUSH)])
     assert waiter.wait(2)[1].status == 0
+    backend.close()
+
+
+def test_what_ends_everything_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """A FatalError fails its request, reaches whoever listens, and is kept; nothing is printed."""
+
+    class Different(PassingNode):
+        def read(self, offset: int, buffers: Sequence[Buffer]) -> None:
+            raise FatalError("the images differ")
+
+    backend = BlockBackend(Different(MemoryNode(bytes(K))))
+    told: list[str] = []
+    backend.on_fatal.append(lambda error: told.append(str(error)))
+    waiter = Waiter()
+    backend.set_completion_sink(waiter)
+    backend.submit([Request(Op.READ, 0, 512, (memoryview(bytearray(512)),))])
+    assert waiter.wait(1)[0].status == errno.EIO
+    assert told == ["the images differ"] == [str(backend.fatal)]
+    assert capsys.readouterr().err == ""
     backend.close()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vm_core.block.request import Op, Request
-from vm_core.errors import UsageError
+from vm_core.errors import FatalError, UsageError
 from vm_core.machine.accel import Accelerator, AccelMachine, Availability, CpuState, VCpu
 from vm_core.machine.machine import ExitReason, Machine, RunState
 from vm_core.machine.memory import GuestMemory, Region, RegionKind
@@ -269,6 +269,7 @@ class SlowBackend:
 
     def __init__(self) -> None:
         self.on_error: list[Any] = []
+        self.on_fatal: list[Any] = []
         self.sink: Any = None
         self.pending = 0
         self.quiet = threading.Condition()
@@ -333,6 +334,19 @@ def test_an_io_error_with_policy_stop() -> None:
         machine.cont()
         assert machine.status is RunState.RUNNING
         assert backend.retried == 1
+
+
+def test_what_ends_everything_stops_the_machine() -> None:
+    """A FatalError of a backend ends the machine with its text; nothing else is told of it."""
+    with Bench() as bench:
+        machine = bench.machine
+        backend: Any = SlowBackend()
+        machine.attach_backend(backend)
+        machine.start()
+        for listener in backend.on_fatal:
+            listener(FatalError("the images differ"))
+        bench.until(lambda: machine.status is RunState.INTERNAL_ERROR)
+        assert machine.error == "the images differ"
 
 
 def test_closing_twice_and_unstarted() -> None:

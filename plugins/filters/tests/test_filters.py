@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +15,13 @@ from typing import Any
 import pytest
 
 from vm_core.block.gate import Gate
+from vm_core.block.node import Node
 from vm_core.block.open import create_image, open_node
-from vm_core.errors import UsageError
+from vm_core.errors import FatalError, UsageError
 from vm_core.testing.iopeer import assert_same, both, needs_peer
 from vm_core.testing.nodes import MemoryNode
 from vm_filters import groups
+from vm_filters.blkverify import Blkverify
 from vm_filters.buckets import Bucket
 from vm_filters.quorum import Quorum
 from vm_filters.throttle import Throttle
@@ -131,12 +137,102 @@ def test_blkverify_like_the_peer(words: list[str], tmp_path: Path) -> None:
     assert_same(tmp_path, PAIR, [*words, "blkverify:v.raw:v.qcow2"])
 
 
+DIFFERENT = {"v.raw": bytes(8192) + b"\1" + bytes((1 << 20) - 8193)}
+DIFFERENCE = {"a": b"\0" * 512 + b"x" * 512, "b": b"\0" * 512 + b"y" * 512}
+#: Neither the start nor the end, at which formats are looked for.
+MIDDLE = {name: bytes(200 << 10) + data + bytes(200 << 10) for name, data in DIFFERENCE.items()}
+
+
 @needs_peer
-def test_blkverify_ends_the_program_at_a_difference(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["read 0 4k", "read 4k 8k", "read 0 4k"],
+        ["readv 0 4k 1k", "write 64k 4k", "readv 4k 2k 6k", "write 64k 4k"],
+        ["read -P 0 0 4k", "read -P 0 4k 8k"],
+        ["aio_read 4k 8k", "aio_flush", "read 0 4k"],
+        ["read 0 1k", "aio_read 4k 8k"],
+        ["truncate 2M", "read 4k 8k"],
+        ["read 0 16k", "quit"],
+    ],
+    ids=lambda lines: lines[0],
+)
+def test_blkverify_ends_the_program_at_a_difference(lines: list[str], tmp_path: Path) -> None:
     """The first byte that differs is told, and nothing more is done."""
-    words = ["-f", "raw", *commands("read 0 4k", "read 4k 8k", "read 0 4k"), "blkverify:v.raw:v.qcow2"]
-    peer, mine = both(tmp_path, PAIR, words, files={"v.raw": bytes(8192) + b"\1" + bytes((1 << 20) - 8193)})
-    assert (mine.err, mine.status) == (peer.err, peer.status)
+    words = ["-f", "raw", *commands(*lines), "blkverify:v.raw:v.qcow2"]
+    peer, mine = both(tmp_path, PAIR, words, files=DIFFERENT)
+    assert (mine.out, mine.err, mine.status) == (peer.out, peer.err, peer.status)
+    assert "contents mismatch" in mine.err
+    assert mine.status == 1
+
+
+@needs_peer
+def test_blkverify_ends_the_program_at_an_error_of_one_image(tmp_path: Path) -> None:
+    """A request that fails on one image alone is such a difference, too."""
+    files = {"errors": '[inject-error]\nevent = "write_aio"\nerrno = "5"\n'}
+    words = ["-f", "raw", *commands("read 0 4k", "write 0 4k", "read 0 4k"), "blkverify:v.raw:blkdebug:errors:v.qcow2"]
+    peer, mine = both(tmp_path, PAIR, words, files=files)
+    assert (mine.out, mine.err, mine.status) == (peer.out, peer.err, peer.status)
+
+
+@needs_peer
+def test_quorum_with_blkverify_ends_the_program(tmp_path: Path) -> None:
+    """So does a quorum of two that compares."""
+    options = f"driver=quorum,{TWO},vote-threshold=2,blkverify=on"
+    words = ["--image-opts", *commands("read 0 4k", "aio_read 4k 8k", "aio_flush", "read 0 4k"), options]
+    peer, mine = both(tmp_path, RAWS, words, files=OTHER)
+    assert (mine.out, mine.err, mine.status) == (peer.out, peer.err, peer.status)
+    assert mine.status == 1
+
+
+QUORUM_NAME = "json:" + json.dumps(
+    {
+        "driver": "quorum",
+        "vote-threshold": 2,
+        "blkverify": True,
+        "children": [{"driver": "file", "filename": name} for name in ("a", "b")],
+    }
+)
+
+
+@pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img is missing: apt-get install qemu-utils")
+@pytest.mark.parametrize("name", ["blkverify:a:b", QUORUM_NAME], ids=["blkverify", "quorum"])
+@pytest.mark.parametrize(
+    "words", ["convert -O raw {} o", "compare {} a", "info {}", "bench -c 6 -s 65536 {}"]
+)
+def test_the_tools_end_like_the_peers(words: str, name: str, tmp_path: Path) -> None:
+    """vm-img says what qemu-img does, without its own name before it, and exits with the same status."""
+    if words.startswith("bench") and name != QUORUM_NAME:
+        pytest.skip("the peer compares with what its buffers held before")
+    for file, data in MIDDLE.items():
+        (tmp_path / file).write_bytes(data)
+    command = [word.format(name) for word in words.split()]
+    peer = subprocess.run(["qemu-img", *command], cwd=tmp_path, capture_output=True, text=True)
+    ours = [sys.executable, "-c", "import sys; from vm_core.cli.img.main import main; sys.exit(main(None, 'qemu-img'))"]
+    mine = subprocess.run([*ours, *command], cwd=tmp_path, capture_output=True, text=True)
+    assert (mine.stderr, mine.returncode) == (peer.stderr, peer.returncode)
+    assert mine.stdout == peer.stdout
+
+
+@pytest.mark.parametrize("which", ["blkverify", "quorum"])
+def test_a_difference_ends_no_program_by_itself(which: str) -> None:
+    """The library raises FatalError, again and again, whatever is asked for; the images stay as they are."""
+    one, two = MemoryNode(DIFFERENCE["a"]), MemoryNode(DIFFERENCE["b"])
+    node: Node = Blkverify(one, two) if which == "blkverify" else Quorum([one, two], 2, verify=True)
+    assert node.pread(0, 512) == bytes(512)
+    node.pwrite(0, b"z")
+    for _ in range(2):
+        with pytest.raises(FatalError, match=f"^{which}: .*contents mismatch at offset 512$"):
+            node.pread(512, 512)
+    with pytest.raises(FatalError, match="mismatch"):
+        node.pread(0, 1)
+    with pytest.raises(FatalError, match="mismatch"):
+        node.pwrite(0, b"y")
+    with pytest.raises(FatalError, match="mismatch"):
+        node.zero(0, 1)
+    node.flush()
+    node.close()
+    assert one.pread(0, 1) == two.pread(0, 1) == b"z"
 
 
 @needs_peer

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from threading import Condition, Lock
 from typing import Any
 
-from ..errors import BlockError, UsageError
+from ..errors import BlockError, FatalError, UsageError
 from .cache import WRITEBACK, CacheMode
 from .engine import Engine
 from .node import Node
@@ -127,6 +127,10 @@ class BlockBackend:
         self.on_medium_change: list[Callable[[bool], None]] = []
         #: Called with a failed request and what is done about it (report, ignore, stop), on a worker thread.
         self.on_error: list[Callable[[Request, str], None]] = []
+        #: Called with what ends everything, on a worker thread. The requests fail with EIO.
+        self.on_fatal: list[Callable[[FatalError], None]] = []
+        #: What did so first.
+        self.fatal: FatalError | None = None
         self._readonly = readonly
         self._node = node
         self._write_cache = not cache.writethrough
@@ -321,6 +325,11 @@ class BlockBackend:
             request.status = error.errno or errno.EIO
         except MemoryError:
             request.status = errno.ENOMEM
+        except FatalError as fatal:
+            request.status = errno.EIO
+            self.fatal = self.fatal or fatal
+            for listener in list(self.on_fatal):
+                listener(fatal)
         except Exception:
             # A bug in a driver: the guest gets an I/O error, the developer a traceback, and the machine lives on.
             import traceback

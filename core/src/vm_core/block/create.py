@@ -85,11 +85,15 @@ class NewImage:
         try:
             with _as_image_errors(self.filename):
                 file = _open({"driver": self._protocol, **self._target}, OpenContext(readonly=False))
+            driver = self._driver.load()
             try:
-                self._driver.load().create(file, size, options)
-            except BaseException:
+                driver.create(file, size, options)
+            except BaseException as error:
                 with suppress(OSError, VmError):
                     file.close()
+                if isinstance(error, OSError) and not isinstance(error, VmError):
+                    told = getattr(driver, "create_failure", "{}")  # some formats are nodes of their own
+                    raise ImageError(self.filename, told.format(error.strerror or error)) from error
                 raise
             file.close()
             # Left over it was the protocol's, for a file that had no bytes yet.
@@ -106,12 +110,15 @@ class NewImage:
 
     def _check_choices(self) -> None:
         """What the peer finds only when it makes the image."""
+        from .format import Format
+
         backing_format = self.values.get("backing_fmt")
         if backing_format is not None:
             if self.values.get("backing_file") is None:
                 raise UsageError("Backing format cannot be used without backing file")
             if not _is_format(backing_format):
-                raise UsageError(f"Parameter 'backing-fmt' does not accept value '{backing_format}'")
+                told = getattr(self._driver.load(), "backing_format_failure", Format.backing_format_failure)
+                raise UsageError(told.format(backing_format))
         for option in self._known:
             value = self.values.get(option.name)
             if option.type != "enum" or value is None or value in option.choices:
@@ -123,9 +130,12 @@ class NewImage:
             raise UsageError(f"{told}: there is {', '.join(option.choices)}").put(told)
 
 
-def create_options(driver: FormatDriver, protocol: Any) -> list[Option]:
-    """What can be given when an image of *driver* is made through *protocol*, in the order in which it is told."""
-    options = list(driver.create_options)
+def create_options(driver: FormatDriver, protocol: Any, *, peer: bool = False) -> list[Option]:
+    """What can be given when an image of *driver* is made through *protocol*, in the order in which it is told.
+
+    *peer*: in a program that stands in for QEMU's, with the options that QEMU has.
+    """
+    options = [option for option in driver.create_options if not (peer and option.ours)]
     names = {option.name for option in options}
     options += [option for option in protocol.create_options if option.name not in names]
     return options
@@ -167,15 +177,16 @@ def prepare(
     check_backing: bool = True,
     need_format: bool = True,
     gate: Gate | None = None,
+    peer: bool = False,
 ) -> NewImage:
     """Check everything about an image of *size* bytes (None: that of *options* or of the backing image).
 
     *options* are strings as after ``-o``, or typed values; *backing* and *backing_format* go before those among them.
     Without *check_backing* the backing image is not looked at, without *need_format* its format may be left out then.
-    Raises UsageError, PluginError, ImageError.
+    *peer*: only what QEMU has (see :func:`create_options`). Raises UsageError, PluginError, ImageError.
     """
     driver, protocol, descriptor, target = find_drivers(filename, format)
-    known = create_options(driver, descriptor)
+    known = create_options(driver, descriptor, peer=peer)
     names = {option.name: option for option in known}
     new = NewImage(filename, format, driver, protocol, target, known)
     for name, value in _flat(options or {}):
@@ -211,6 +222,11 @@ def _check_backing(new: NewImage, look: bool, need_format: bool, gate: Gate | No
     backing, format = new.values.get("backing_file"), new.values.get("backing_fmt")
     if backing is None:
         return
+    if format is None:
+        # Where there is only one that it can have, nobody has to say so.
+        choices = next((option.choices for option in new._known if option.name == "backing_fmt"), ())
+        if len(choices) == 1:
+            format = new.values["backing_fmt"] = choices[0]
     if not backing:
         raise UsageError("Expected backing file name, got empty string")
     if backing == new.filename:

@@ -903,6 +903,7 @@ class FormatNode(ImageNode):
             self.format.flush()
         if self._watch is not None:
             self._watch("flush_to_disk")
+            self.format.file.flush()
 
     @contextmanager
     def quiesce(self) -> Iterator[Format]:

@@ -51,23 +51,38 @@ class HostDeviceProtocol(FileProtocol):
     def _check_type(cls, fd: int, filename: str) -> None:
         mode = os.fstat(fd).st_mode
         if not (stat.S_ISBLK(mode) or stat.S_ISCHR(mode)):
-            told = f"'host_device' driver requires '{filename}' to be either a character or block device"
+            told = f"'{cls.driver}' driver requires '{filename}' to be either a character or block device"
             raise ImageError(filename, told)
 
     @classmethod
     def create(cls, options: dict[str, Any], size: int) -> None:
         """Nothing is created: the device is there, and has to be large enough."""
         filename = options.pop("filename")
+        fd = cls._open_target(filename)
         try:
-            fd = os.open(filename, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
-        except OSError as error:
-            raise ImageError("", f"Could not open '{filename}': {error.strerror}") from None
-        try:
-            cls._check_type(fd, filename)
             if _device_size(fd) < size:
                 raise ImageError(filename, f"Device is too small: {size} bytes are needed")
         finally:
             os.close(fd)
+
+    @classmethod
+    def _open_target(cls, filename: str) -> int:
+        """A descriptor of the device that an image is to be made on. Raises ImageError."""
+        try:
+            fd = os.open(filename, os.O_RDWR | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        except OSError as error:
+            raise cls._no_target("", f"Could not open '{filename}': {error.strerror}") from None
+        try:
+            cls._check_type(fd, filename)
+        except ImageError as error:
+            os.close(fd)
+            raise cls._no_target(filename, error.reason) from None
+        return fd
+
+    @classmethod
+    def _no_target(cls, filename: str, reason: str) -> ImageError:
+        told = f"Protocol driver '{cls.driver}' does not support image creation, and opening the image failed: {reason}"
+        return ImageError(filename, reason, peer=told)
 
     def _query_size(self) -> int:
         return _device_size(self._fd)

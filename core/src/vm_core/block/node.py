@@ -121,8 +121,18 @@ class Node(ABC):
             length -= step
 
     def allocated(self) -> int:
-        """Host bytes that the node and its storage take (``disk size`` / ``actual-size``); 0 where unknown."""
+        """Host bytes that the node and its storage take (``disk size`` / ``actual-size``).
+
+        Raises BlockError (ENOTSUP) where nobody can say.
+        """
         return 0
+
+    def known_allocated(self) -> dict[str, int]:
+        """The member ``actual-size`` of what is told of an image; nothing where nobody can say."""
+        try:
+            return {"actual-size": self.allocated()}
+        except OSError:
+            return {}
 
     @property
     def backing(self) -> Node | None:

@@ -1,14 +1,16 @@
-"""Finding the parent of a differencing image by the names that the image records."""
+"""Differencing images: finding the parent by the names that the image records, and making those names."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import GateError, ImageError
+from ..errors import GateError, ImageError, UsageError
 
 if TYPE_CHECKING:
+    from .node import Node
     from .open import OpenContext
 
 T = TypeVar("T")
@@ -50,3 +52,69 @@ def first_parent(
     if refused and os.path.exists(os.path.join(os.path.dirname(image), refused)):
         return refused
     return names[0]
+
+
+def parent_path(reference: str, image: str) -> str:
+    """Where the parent is that the user calls *reference*, from the directory of *image*. Raises UsageError.
+
+    It has to be a file: no other name has a place in a differencing image.
+    """
+    from .gate import SCHEME
+
+    if reference.startswith("file:"):
+        reference = reference[5:]
+    elif SCHEME.match(reference):  # json: too
+        raise UsageError(f"'{reference}' is no file: a differencing image names its parent by a path")
+    return os.path.join(os.path.dirname(_plain(image)), reference)
+
+
+def parent_names(reference: str, image: str) -> tuple[str, str]:
+    """The path of the parent *reference* of *image*, relative to the image and absolute, as Windows writes them.
+
+    Without ``.\\`` before the relative one. Raises UsageError where they cannot be written so.
+    """
+    path, image = parent_path(reference, image), _plain(image)
+    absolute = os.path.abspath(path)
+    if os.path.isabs(reference.removeprefix("file:")):
+        # Steps up lead out of the directory itself, not of a link to it.
+        relative = os.path.relpath(absolute, os.path.realpath(os.path.dirname(image)))
+    else:
+        relative = os.path.relpath(path, os.path.dirname(image) or ".")
+    for one in (relative, absolute):
+        if "\\" in one:
+            raise UsageError(f"'{one}' has a backslash in it, which would be taken for a separator")
+        try:
+            one.encode("utf-16-le")
+        except UnicodeEncodeError:
+            raise UsageError(f"'{one!r}' is no text: a differencing image names its parent in UTF-16") from None
+    return relative.replace("/", "\\"), absolute.replace("/", "\\")
+
+
+@contextmanager
+def parent_image(reference: str, image: str, driver: str) -> Iterator[tuple[str, Any, int]]:
+    """The parent *reference* of *image*, of the format *driver*: its path, the open driver, and its size in bytes.
+
+    Raises ImageError.
+    """
+    from .formatnode import FormatNode
+    from .open import open_node
+
+    path = parent_path(reference, image)
+    with open_node(
+        {"driver": driver, "file": {"driver": "file", "filename": path}}, share=True, backing=False, io=False
+    ) as node:
+        assert isinstance(node, FormatNode)
+        yield path, node.format, node.size
+
+
+def recorded_parent(node: Node) -> Any:
+    """The driver of an open backing image, below filters; None where there is none."""
+    from .formatnode import FormatNode
+
+    while node.transparent and "file" in node.children():
+        node = node.children()["file"]
+    return node.format if isinstance(node, FormatNode) else None
+
+
+def _plain(name: str) -> str:
+    return name[5:] if name.startswith("file:") else name

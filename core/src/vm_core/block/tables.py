@@ -9,9 +9,12 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from typing import TYPE_CHECKING
 
-Order = Literal["big", "little"]
+if TYPE_CHECKING:
+    from typing import Literal
+
+    Order = Literal["big", "little"]
 
 #: Entries compared in the first step and, at most, in a later one.
 _FIRST, _MOST = 16, 4096

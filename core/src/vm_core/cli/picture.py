@@ -54,7 +54,7 @@ def node_layers(node: Node, role: str = "format") -> Layer:
     if not children:
         return Layer("protocol" if role == "format" else role, node.driver, short_path(node.filename))
     facts = [size(node.size)]
-    allocated = node.allocated()
+    allocated = node.known_allocated().get("actual-size", 0)
     if allocated:
         facts.append(f"{size(allocated)} on the host")
     if node.cluster_size > 1:

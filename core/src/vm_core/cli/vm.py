@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..errors import VmError
+from ..errors import FatalError, VmError
 
 if TYPE_CHECKING:
     from .arguments import CommandLine
@@ -25,7 +25,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     try:
         return _main(sys.argv[1:] if words is None else words)
-    except (VmError, OSError) as error:
+    except (VmError, OSError, FatalError) as error:
         if os.environ.get("VM_DEBUG"):
             raise
         if isinstance(error, BrokenPipeError):

@@ -193,6 +193,7 @@ class Machine:
         self.backends.append(backend)
         backend.set_completion_sink(self._completed)
         backend.on_error.append(self._io_error)
+        backend.on_fatal.append(lambda error: self.internal_error(str(error)))
 
     def _completed(self, requests: list[Request]) -> None:
         """Completed requests, on whatever thread the backend completes them."""

@@ -63,7 +63,7 @@ def image_info(node: Node) -> dict[str, Any]:
         "filename": node.filename,
         "format": node.driver,
         "virtual-size": node.size,
-        "actual-size": node.allocated(),
+        **node.known_allocated(),
         "dirty-flag": False,
     }
     if node.cluster_size > 1:

@@ -6,6 +6,7 @@ import errno
 from collections.abc import Callable, Sequence
 
 from ..block.request import Op, Request
+from ..errors import FatalError
 
 
 class MemoryBackend:
@@ -31,6 +32,7 @@ class MemoryBackend:
         #: Positions that cannot be read or written.
         self.bad = range(0)
         self.on_error: list[Callable[[Request, str], None]] = []
+        self.on_fatal: list[Callable[[FatalError], None]] = []
         self.on_resize: list[Callable[[int], None]] = []
         self._sink: Callable[[list[Request]], None] | None = None
 

@@ -97,7 +97,7 @@ class MemoryNode(Protocol):
         if self.readonly:
             raise self.read_only_error()
         with self._lock:
-            self._clear(offset, min(length, self._size - offset))
+            self._clear(offset, max(0, min(length, self._size - offset)))
 
     def truncate(self, size: int) -> None:
         if self.readonly:

@@ -1,7 +1,8 @@
 """qemu-img and qemu-io as the judges of an image format, for tests.
 
-:class:`Qemu` runs the tools, :func:`take_turns` has an image written here and by them in turns, :func:`differences`
-compares two files, :class:`QemuConformance` is the conformance kit with the tools as its oracle.
+:class:`Qemu` runs the tools, :func:`run` any program; :func:`take_turns` has an image written here and by the tools in
+turns; :func:`differences` compares two files; :class:`QemuConformance` is the conformance kit with the tools as its
+oracle.
 """
 
 from __future__ import annotations
@@ -24,6 +25,13 @@ from .conformance import FormatConformance
 
 #: Thousands of operations instead of hundreds.
 LONG = os.environ.get("VM_LONG", "") not in ("", "0")
+
+
+def run(*words: object) -> str:
+    """The output of a program that has to succeed."""
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 class Qemu:

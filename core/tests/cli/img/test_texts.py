@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vm_core import jsontext, sizes
-from vm_core.cli.img.getopt import MISSING, UNKNOWN, Getopt
+from vm_core.cli.getopt import MISSING, UNKNOWN, Getopt
 
 from .peer import compare, needs_peer
 

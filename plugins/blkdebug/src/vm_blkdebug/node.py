@@ -50,6 +50,8 @@ class Blkdebug(Filter):
         self._blocks = BlockLock() if self._align > 1 else None
         #: Something was changed since the last flush: others are not passed on.
         self._changed = False
+        #: Something was changed since a format last said that it flushes to the disk.
+        self._unsettled = False
         self.engine.event("none")
 
     @classmethod
@@ -113,6 +115,9 @@ class Blkdebug(Filter):
 
     def event(self, name: str) -> None:
         self.engine.event(name)
+        if name == "flush_to_disk" and self._unsettled:
+            # Formats here flush behind their last change themselves, QEMU's leave that to the flush which comes now.
+            self._changed, self._unsettled = True, False
 
     def read_nowait(self, offset: int, buffers: Sequence[Buffer]) -> bool:
         return False
@@ -161,7 +166,7 @@ class Blkdebug(Filter):
         return memoryview(self.file.pread(offset, self._align))
 
     def _write_blocks(self, offset: int, length: int, buffers: Sequence[Buffer], fua: bool) -> None:
-        self._changed = True
+        self._changed = self._unsettled = True
         self.engine.event("pwritev")
         for begin, step in pieces(offset, length, self.limits.max_transfer):
             self.engine.check(WRITE, begin, step)
@@ -172,7 +177,7 @@ class Blkdebug(Filter):
         if self.readonly:
             raise self.read_only_error()
         limits = self.limits
-        self._changed = True
+        self._changed = self._unsettled = True
         self.engine.event("pwritev_zero")
         for begin, step in fragments(offset, length, self._align, limits.opt_zero, limits.max_zero):
             if begin % self._align or step % self._align or step < limits.opt_zero:
@@ -190,7 +195,7 @@ class Blkdebug(Filter):
             raise self.read_only_error()
         if offset % self._align or length % self._align or length < self.limits.opt_zero:
             return False
-        self._changed = True
+        self._changed = self._unsettled = True
         self.engine.check(WRITE_ZEROES, offset, length)
         return self.file.zero_fast(offset, length, unmap=unmap)
 
@@ -202,14 +207,14 @@ class Blkdebug(Filter):
         if self.readonly:
             raise self.read_only_error()
         limits = self.limits
-        self._changed = True
+        self._changed = self._unsettled = True
         for begin, step in fragments(offset, length, self._align, limits.opt_discard, limits.max_discard):
             if not (begin % self._align or step % self._align):  # parts of blocks cannot be given back
                 self.engine.check(DISCARD, begin, step)
                 self.file.discard(begin, step)
 
     def truncate(self, size: int) -> None:
-        self._changed = True
+        self._changed = self._unsettled = True
         super().truncate(size)
 
     def flush(self) -> None:

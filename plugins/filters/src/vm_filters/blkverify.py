@@ -1,33 +1,25 @@
 """``blkverify``: an image under test and a raw one that is right; what they read must be the same.
 
-The first difference ends the program: whoever looks for a bug in a driver wants to see the images as they were when it
-struck. Requests go to both. See QEMU's *docs/devel/blkverify*.
+The first difference is a FatalError, and no request is carried out after it: whoever looks for a bug in a driver wants
+to see the images as they were when it struck. Requests go to both. See QEMU's *docs/devel/blkverify*.
 """
 
 from __future__ import annotations
 
-import os
-import sys
+import errno
 from collections.abc import Iterator, Sequence
 from collections.abc import Mapping as Dict
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from vm_core.block import names
+from vm_core.block.extents import walk
 from vm_core.block.mapping import Kind, Mapping
 from vm_core.block.node import Buffer, Node
 from vm_core.block.vectors import gather, scatter, total
-from vm_core.errors import ImageError
+from vm_core.errors import BlockError, FatalError, ImageError
 
 if TYPE_CHECKING:
     from vm_core.block.open import OpenContext
-
-
-def stop(text: str) -> NoReturn:
-    """End the program at once, with a message."""
-    sys.stdout.flush()
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
-    os._exit(1)
 
 
 class Blkverify(Node):
@@ -43,6 +35,8 @@ class Blkverify(Node):
         self.filename = f"blkverify:{raw.filename}:{test.filename}"
         self._owned = list(owned)
         self._closed = False
+        #: The difference that was found.
+        self._found: str | None = None
 
     @classmethod
     def parse_filename(cls, filename: str) -> dict[str, Any]:
@@ -81,7 +75,16 @@ class Blkverify(Node):
     def size(self) -> int:
         return self.test.size
 
+    def _stop(self, text: str) -> NoReturn:
+        self._found = f"blkverify: {text}"
+        raise FatalError(self._found)
+
+    def _check(self) -> None:
+        if self._found is not None:
+            raise FatalError(self._found)
+
     def read(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        self._check()
         length = total(buffers)
         other = bytearray(length)
         failures: list[OSError | None] = []
@@ -95,7 +98,7 @@ class Blkverify(Node):
         found = gather(buffers)
         if found != other:
             at = next(index for index in range(length) if found[index] != other[index])
-            stop(f"blkverify: read offset={offset} bytes={length} contents mismatch at offset {offset + at}")
+            self._stop(f"read offset={offset} bytes={length} contents mismatch at offset {offset + at}")
         scatter(found, buffers)
 
     def write(self, offset: int, buffers: Sequence[Buffer], *, fua: bool = False) -> None:
@@ -114,6 +117,7 @@ class Blkverify(Node):
             raise self.read_only_error()
 
     def _both(self, what: str, offset: int, length: int, act: Any) -> None:
+        self._check()
         failures: list[OSError | None] = []
         for node in (self.test, self.raw):
             try:
@@ -126,7 +130,7 @@ class Blkverify(Node):
     def _compare_failures(self, what: str, offset: int, length: int, failures: Sequence[OSError | None]) -> None:
         codes = [0 if failure is None else -(failure.errno or 5) for failure in failures]
         if codes[0] != codes[1]:
-            stop(f"blkverify: {what} offset={offset} bytes={length} return value mismatch {codes[0]} != {codes[1]}")
+            self._stop(f"{what} offset={offset} bytes={length} return value mismatch {codes[0]} != {codes[1]}")
         if failures[0] is not None:
             raise failures[0]
 
@@ -139,11 +143,23 @@ class Blkverify(Node):
         self.raw.truncate(size)
 
     def map(self, offset: int, length: int) -> Iterator[Mapping]:
-        inside = max(0, min(length, self.size - offset))
-        if inside:
-            yield Mapping(Kind.DATA, offset, inside, self, offset, not self.readonly)
-        if inside < length:
-            yield Mapping(Kind.EOF, offset + inside, length - inside)
+        """Zeroes are where the raw image has them."""
+        end = offset + max(0, min(length, self.size - offset))
+        position = offset
+        for extent in walk(self.raw, offset, end - offset):
+            position = extent.end
+            if extent.kind is Kind.ZERO:
+                yield Mapping(Kind.ZERO, extent.offset, extent.length)
+            else:
+                yield Mapping(Kind.DATA, extent.offset, extent.length, self, extent.offset, not self.readonly)
+        if position < end:  # the raw image is shorter
+            yield Mapping(Kind.DATA, position, end - position, self, position, not self.readonly)
+        if end < offset + length:
+            yield Mapping(Kind.EOF, end, offset + length - end)
+
+    def allocated(self) -> int:
+        """Neither's."""
+        raise BlockError.of(errno.ENOTSUP)
 
     def children(self) -> Dict[str, Node]:
         return {"raw": self.raw, "test": self.test}

@@ -1,7 +1,8 @@
 """``quorum``: several images with the same contents. All are written; what enough of them agree on is read.
 
 Theory of operation. A read goes to every child; the answers are counted whole, buffer against buffer. The one with the
-most votes is given out if it has at least *vote-threshold*. With *rewrite-corrupted* those that said something else are
+most votes is given out if it has at least *vote-threshold*. With *blkverify* the first difference is a FatalError, and
+no request is carried out after it. With *rewrite-corrupted* those that said something else are
 written over. The pattern *fifo* asks one child after the other until one can be read, and does not vote. A write or
 flush succeeds if it did on *vote-threshold* children; else the error that most of them had is reported.
 """
@@ -9,18 +10,17 @@ flush succeeds if it did on *vote-threshold* children; else the error that most 
 from __future__ import annotations
 
 import errno
-import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Mapping as Dict
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
 from vm_core.block import names
+from vm_core.block.extents import Extent, walk
 from vm_core.block.mapping import Kind, Mapping
 from vm_core.block.node import Buffer, Node
 from vm_core.block.vectors import gather, scatter, total
-from vm_core.errors import BlockError, ImageError
+from vm_core.errors import BlockError, FatalError, ImageError
 
 if TYPE_CHECKING:
     from vm_core.block.open import OpenContext
@@ -32,6 +32,9 @@ class Quorum(Node):
     """*threshold* of the *nodes* have to agree."""
 
     driver = "quorum"
+
+    #: Nobody may take the bytes from one child.
+    opaque = True
 
     def __init__(
         self,
@@ -52,6 +55,8 @@ class Quorum(Node):
         self._fifo = fifo
         self._owned = list(owned)
         self._closed = False
+        #: The difference that was found (*verify*).
+        self._found: str | None = None
 
     @classmethod
     def open(cls, options: dict[str, Any], context: OpenContext) -> Self:
@@ -107,7 +112,12 @@ class Quorum(Node):
 
     # Reading
 
+    def _check(self) -> None:
+        if self._found is not None:
+            raise FatalError(self._found)
+
     def read(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        self._check()
         if self._fifo:
             self._read_first(offset, buffers)
         else:
@@ -140,10 +150,8 @@ class Quorum(Node):
         if self._verify and len(votes) > 1:
             one, two = list(votes)[:2]
             at = next(index for index in range(length) if one[index] != two[index])
-            sys.stdout.flush()
-            sys.stderr.write(f"quorum: offset={offset} bytes={length} contents mismatch at offset {offset + at}\n")
-            sys.stderr.flush()
-            os._exit(1)
+            self._found = f"quorum: offset={offset} bytes={length} contents mismatch at offset {offset + at}"
+            raise FatalError(self._found)
         winner, count = max(votes.items(), key=lambda entry: entry[1])
         if count < self.threshold:
             raise BlockError.of(errno.EIO)
@@ -169,6 +177,7 @@ class Quorum(Node):
     def write(self, offset: int, buffers: Sequence[Buffer], *, fua: bool = False) -> None:
         if self.readonly:
             raise self.read_only_error()
+        self._check()
         # What is written is the same for all even if somebody changes the buffers meanwhile.
         data = [memoryview(gather(buffers))]
         self._all(lambda node: node.write(offset, data, fua=fua))
@@ -176,6 +185,7 @@ class Quorum(Node):
     def zero(self, offset: int, length: int, *, unmap: bool = False, fua: bool = False) -> None:
         if self.readonly:
             raise self.read_only_error()
+        self._check()
         self._all(lambda node: node.zero(offset, length, unmap=unmap, fua=fua))
 
     def discard(self, offset: int, length: int) -> None:
@@ -192,11 +202,21 @@ class Quorum(Node):
     # What it is
 
     def map(self, offset: int, length: int) -> Iterator[Mapping]:
-        inside = max(0, min(length, self.size - offset))
-        if inside:
-            yield Mapping(Kind.DATA, offset, inside, self, offset, not self.readonly)
-        if inside < length:
-            yield Mapping(Kind.EOF, offset + inside, length - inside)
+        """Zeroes are where every child has them. Data goes as far as it does in the child where it goes farthest."""
+        end = offset + max(0, min(length, self.size - offset))
+        children = [_Zeroes(node, offset, end) for node in self.nodes]
+        position = offset
+        while position < end:
+            runs = [child.at(position) for child in children]
+            data = [after for zero, after in runs if not zero]
+            after = max(data) if data else min([after for _, after in runs])
+            if data:
+                yield Mapping(Kind.DATA, position, after - position, self, position, not self.readonly)
+            else:
+                yield Mapping(Kind.ZERO, position, after - position)
+            position = after
+        if end < offset + length:
+            yield Mapping(Kind.EOF, end, offset + length - end)
 
     def info(self) -> dict[str, Any]:
         """Each child could say something else."""
@@ -217,6 +237,27 @@ class Quorum(Node):
             self._closed = True
             for node in self._owned:
                 node.close()
+
+
+class _Zeroes:
+    """Where a node reads as zeroes, as far as metadata tells; asked at positions that go up."""
+
+    def __init__(self, node: Node, offset: int, end: int) -> None:
+        self._extents = walk(node, offset, end - offset)
+        self._next: Extent | None = next(self._extents, None)
+        self._zero, self._after, self._end = False, offset, end
+
+    def at(self, position: int) -> tuple[bool, int]:
+        """Whether there are zeroes at *position*, and where that changes."""
+        while self._after <= position:
+            extent = self._next
+            if extent is None:  # a child that is shorter
+                return False, self._end
+            self._zero, self._after = extent.kind is Kind.ZERO, extent.end
+            self._next = next(self._extents, None)
+            while self._next is not None and (self._next.kind is Kind.ZERO) == self._zero:
+                self._after, self._next = self._next.end, next(self._extents, None)
+        return self._zero, self._after
 
 
 def _most(failures: Sequence[OSError]) -> OSError:

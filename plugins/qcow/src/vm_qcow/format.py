@@ -12,7 +12,6 @@ the data stable, then the L2 tables, then the L1 table that points to new ones.
 from __future__ import annotations
 
 import errno
-import sys
 import zlib
 from array import array
 from collections import OrderedDict
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from vm_core.block.format import BackingReference, Format
 from vm_core.block.mapping import Allocation, Kind, Mapping
 from vm_core.block.structs import Record, raw, u8, u32, u64
+from vm_core.block.tables import dump, load
 from vm_core.errors import BlockError, ImageError, UsageError
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ class Header(Record):
 
 class Qcow(Format):
     """One open image."""
+
+    backing_format_failure = "unrecognized backing format '{}'"
 
     def __init__(self, file: Node, header: Header, l1: array[int], name: str, readonly: bool) -> None:
         self.file = file
@@ -100,7 +102,7 @@ class Qcow(Format):
         self = cls(
             file,
             header,
-            _swapped(file.pread(header.l1_table_offset, 8 * count)),
+            load("Q", file.pread(header.l1_table_offset, 8 * count), "big"),
             context.filename,
             context.readonly,
         )
@@ -132,7 +134,7 @@ class Qcow(Format):
         length = 8 << self._header.l2_bits
         if where + length > self.file.size:
             raise ImageError(self._name, f"L2 table {number} at {where:#x} lies outside the file")
-        table = _swapped(self.file.pread(where, length))
+        table = load("Q", self.file.pread(where, length), "big")
         self._keep(number, table)
         return table
 
@@ -278,11 +280,11 @@ class Qcow(Format):
         if self._waiting or self._l1_dirty:
             self.file.flush()
             for number in sorted(self._waiting):
-                self.file.pwrite(self._l1[number], _swapped(self._tables[number]).tobytes())
+                self.file.pwrite(self._l1[number], dump(self._tables[number], "big"))
             self._waiting.clear()
             if self._l1_dirty:
                 self.file.flush()
-                self.file.pwrite(self._header.l1_table_offset, _swapped(self._l1).tobytes())
+                self.file.pwrite(self._header.l1_table_offset, dump(self._l1, "big"))
                 self._l1_dirty = False
         self.file.flush()
 
@@ -294,6 +296,16 @@ class Qcow(Format):
         if readonly:
             self.flush()
         self.readonly = readonly
+
+    def empty(self) -> None:
+        self.flush()
+        self._l1 = array("Q", bytes(8 * len(self._l1)))
+        self._tables.clear()
+        self.file.pwrite(self._header.l1_table_offset, self._l1.tobytes())
+        # Nothing points at what is cut off.
+        self.file.flush()
+        self._end = self._header.l1_table_offset + 8 * len(self._l1)
+        self.file.truncate(self._end)
 
     # New images
 
@@ -320,11 +332,3 @@ class Qcow(Format):
             raise UsageError("Image too large")
         file.pwrite(0, (header.pack() + name).ljust(position, b"\0"))
         file.truncate(position + -(-8 * count // 512) * 512)
-
-
-def _swapped(data: bytes | array[int]) -> array[int]:
-    """64-bit numbers between disk and memory."""
-    table = array("Q", data)
-    if sys.byteorder == "little":
-        table.byteswap()
-    return table

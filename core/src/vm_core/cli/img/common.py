@@ -45,7 +45,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ...errors import GateError, UsageError, VmError
-from .getopt import MISSING, UNKNOWN, Getopt
+from ..getopt import MISSING, UNKNOWN, Getopt
 
 if TYPE_CHECKING:
     from ...block.cache import CacheMode

@@ -72,6 +72,7 @@ def _create(
             backing_format=backing_format,
             check_backing=not unsafe,
             gate=tool.gate(),
+            peer=tool.peer,
         )
         tool.say(f"Formatting '{filename}', {new.describe()}")
         sys.stdout.flush()

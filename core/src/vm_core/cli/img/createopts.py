@@ -89,14 +89,25 @@ def parse_options(
 def _create_options(tool: Tool, format: str, target: str | None) -> list[Option]:
     driver = find_format(tool, format)
     if target is None:
-        return list(driver.create_options)
+        return [option for option in driver.create_options if not (tool.peer and option.ours)]
     from ...block.create import create_options, find_drivers
 
     try:
         _, _, protocol, _ = find_drivers(target, format)
     except VmError as error:
         raise Failure(reason(error)) from error
-    return create_options(driver, protocol)
+    return create_options(driver, protocol, peer=tool.peer)
+
+
+def backing_is_ours(format: str) -> bool:
+    """Whether the peer can make no images of *format* with a backing file, while this program can."""
+    from ...plugins import find
+
+    try:
+        driver = find("format", format)
+    except PluginError:
+        return False
+    return any(one.name == "backing_file" and one.ours for one in getattr(driver, "create_options", ()))
 
 
 def show_options(tool: Tool, format: str, target: str | None) -> None:

@@ -89,7 +89,7 @@ def image_info(node: Node) -> dict[str, Any]:
         "filename": node.filename,
         "format": node.driver,
         "virtual-size": -(-node.size // 512) * 512,
-        "actual-size": node.allocated(),
+        **node.known_allocated(),
         "dirty-flag": False,
     }
     if isinstance(node, FormatNode):
@@ -128,7 +128,7 @@ def describe(info: dict[str, Any]) -> str:
         f"image: {info['filename']}",
         f"file format: {info['format']}",
         f"virtual size: {human(info['virtual-size'])} ({info['virtual-size']} bytes)",
-        f"disk size: {human(info['actual-size'])}",
+        f"disk size: {human(info['actual-size']) if 'actual-size' in info else 'unavailable'}",
     ]
     if info.get("encrypted"):
         lines.append("encrypted: yes")

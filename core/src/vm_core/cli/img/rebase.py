@@ -75,9 +75,9 @@ def run(args: list[str], tool: Tool) -> int:
                 new = None
                 if backing:
                     new = stack.enter_context(_open_new(tool, node, backing, backing_format, source_mode, share))
-                _check_name(node, backing, backing_format)
+                _check_name(tool, node, backing, backing_format)
                 _move(node, new, compressed, progress if show or tool.progress_mode == "json" else None)
-            _change(node, backing or None, backing_format)
+            _change(tool, node, backing or None, backing_format)
     finally:
         progress.end(failed=True)  # the peer does not say 100 % at the end
     return 0
@@ -111,7 +111,7 @@ def _open_new(tool: Tool, node: Node, name: str, format: str | None, cache: Cach
     if not name.startswith("json:") and not SCHEME.match(name):
         path = os.path.join(os.path.dirname(node.filename), name)
     try:
-        return open_node(path, format=format, cache=cache, share=share, gate=tool.gate(), warn=tool._open_warning)
+        return open_node(path, format=format, cache=cache, share=share, gate=tool.gate(), warn=tool.open_warning)
     except (VmError, OSError) as error:
         raise Failure(f"Could not open new backing file '{name}': {reason(error)}") from error
 
@@ -133,32 +133,36 @@ def _move(node: Node, new: Node | None, compressed: bool, progress: object) -> N
     rebase(image, new, compressed=compressed, job=Job(progress))  # type: ignore[arg-type]
 
 
-def _check_name(node: Node, backing: str | None, format: str | None) -> None:
+def _check_name(tool: Tool, node: Node, backing: str | None, format: str | None) -> None:
     """Refuse what cannot be recorded, before anything is written."""
     from ...block.formatnode import FormatNode
     from ...block.jobs.commit import chain
+    from .createopts import backing_is_ours
 
-    if not isinstance(chain(node)[0], FormatNode):
+    image = chain(node)[0]
+    if not isinstance(image, FormatNode) or (tool.peer and backing_is_ours(image.driver)):
         raise Failure(f"Could not change the backing file to '{backing or ''}': Operation not supported")
     if backing and not format:
         raise Failure(f"Could not change the backing file to '{backing}': backing format must be specified")
 
 
-def _change(node: Node, backing: str | None, format: str | None) -> None:
+def _change(tool: Tool, node: Node, backing: str | None, format: str | None) -> None:
     from ...block.formatnode import FormatNode
     from ...block.jobs.commit import chain
     from ...errors import UsageError
+    from .createopts import backing_is_ours
 
     image = chain(node)[0]
     shown = backing or ""
-    _check_name(node, backing, format)
+    _check_name(tool, node, backing, format)
     assert isinstance(image, FormatNode)
     try:
         with image.quiesce() as driver:
             driver.change_backing(backing, format if backing else None)
             driver.flush()
     except UsageError as error:
-        raise Failure(f"Could not change the backing file to '{shown}': Operation not supported") from error
+        told = reason(error) if backing_is_ours(image.driver) else "Operation not supported"
+        raise Failure(f"Could not change the backing file to '{shown}': {told}") from error
     except OSError as error:
         if error.errno == errno.ENOSPC:
             text = f"Could not change the backing file to '{shown}': No space left in the file header"

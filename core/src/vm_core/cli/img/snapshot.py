@@ -69,15 +69,14 @@ def _change(node: Node, action: str, name: str) -> None:
         )
     try:
         with node.quiesce() as format:
-            known: Any = format.snapshots()
-            missing = not any(name in (one["id"], one["name"]) for one in known)
             if action == "c":
                 format.snapshot_create(name)
-            elif missing:
-                raise Failure(what + ("snapshot not found" if action == "d" else _NOT_THERE))
             elif action == "a":
                 format.snapshot_apply(name)
             else:
+                known: Any = format.snapshots()
+                if not any(name in (one["id"], one["name"]) for one in known):
+                    raise Failure(what + "snapshot not found")
                 format.snapshot_delete(name)
         node.flush()
     except Failure:
@@ -87,6 +86,3 @@ def _change(node: Node, action: str, name: str) -> None:
     except (VmError, OSError) as error:
         code = getattr(error, "errno", None)
         raise Failure(what + (f"-{code} ({reason(error)})" if action == "c" and code else reason(error))) from error
-
-
-_NOT_THERE = "Failed to load snapshot: No such file or directory"

@@ -17,6 +17,7 @@ from time import monotonic
 from typing import TextIO
 
 from ...block import waiting
+from ...errors import FatalError
 
 #: Seconds before a request that has not finished lets the next one start.
 HEAD_START = 0.05
@@ -49,7 +50,8 @@ class Queue:
         self._leader: _Request | None = None
         #: Requests that have begun and not finished.
         self._running = 0
-        self._finished: deque[str] = deque()
+        #: What to print about finished ones, or to raise.
+        self._finished: deque[str | FatalError] = deque()
         self._idle = 0
         self._workers: list[Thread] = []
         self._stopping = False
@@ -84,7 +86,11 @@ class Queue:
                 request = self._take()
                 if request is None:
                     return
-            text = request.work()
+            text: str | FatalError
+            try:
+                text = request.work()
+            except FatalError as error:
+                text = error
             with self._changed:
                 self._running -= 1
                 self._idle += 1
@@ -143,6 +149,8 @@ class Queue:
                 if not self._finished:
                     return
                 text = self._finished.popleft()
+            if isinstance(text, FatalError):
+                raise text
             self._out.write(text)
 
     def wait(self, seconds: float) -> None:

@@ -42,6 +42,8 @@ class Carrier:
         with lock:
             pass
         if request.status:
+            if self._backend.fatal is not None:
+                raise self._backend.fatal
             raise BlockError.of(request.status)
 
     def close(self) -> None:

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from io import TextIOWrapper
 
-from ...errors import VmError
+from ...errors import FatalError, VmError
+from ..getopt import UNKNOWN, LibraryGetopt
 from ..img.common import Exit, reason
 from . import commands
-from .getopt import WRONG, Getopt
 from .session import How, Session, parse_options, take
 
 _SHORT = "hVc:d:f:rsnCmki:t:T:U"
@@ -60,6 +60,10 @@ def main(words: Sequence[str] | None = None, path: str | None = None) -> int:
         return code
     except Exit as end:
         return _end(end.code)
+    except FatalError as error:
+        code = _end(1)
+        sys.stderr.write(f"{error}\n")
+        return code
     except BrokenPipeError:
         # The reader of our output has gone; nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
@@ -91,10 +95,10 @@ def _run(session: Session, words: list[str]) -> int:
     long = dict(_LONG)
     if tool.peer:
         del long["trust:"]
-    scan = Getopt([session.path, *words], _SHORT, long)
+    scan = LibraryGetopt([session.path, *words], _SHORT, long)
     for key, value in scan:
         assert how is not None
-        if key == WRONG:
+        if key == UNKNOWN:
             _usage(session)
             return 1
         if key == "h":
@@ -146,6 +150,9 @@ def _run(session: Session, words: list[str]) -> int:
                 failed = True
             if session.done:
                 break
+    except FatalError:
+        session.abandon()
+        raise
     finally:
         session.end()
     return int(failed)

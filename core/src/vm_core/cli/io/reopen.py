@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UsageError, VmError
+from ..getopt import UNKNOWN, LibraryGetopt
 from ..img.common import reason
 from .commands import usage
-from .getopt import WRONG, Getopt
 from .session import parse_cache, parse_options
 
 if TYPE_CHECKING:
@@ -42,9 +42,9 @@ def run(session: Session, words: Sequence[str]) -> int:
     cache: CacheMode | None = None
     options: dict[str, str] = {}
     given = False
-    scan = Getopt(words, "c:o:rw")
+    scan = LibraryGetopt(words, "c:o:rw")
     for key, value in scan:
-        if key == WRONG:
+        if key == UNKNOWN:
             return usage(session, words)
         if key == "c":
             cache = parse_cache(value)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from ...errors import UsageError, VmError
+from ..getopt import UNKNOWN, LibraryGetopt
 from ..img.common import Failure, Tool, reason
-from .getopt import WRONG, Getopt
 
 if TYPE_CHECKING:
     from ...block.cache import CacheMode
@@ -176,6 +176,13 @@ class Session:
                 if not self.tool.peer or isinstance(error, VmError):
                     self.tool.error(reason(error) if self.tool.peer else f"{node.filename}: {reason(error)}")
 
+    def abandon(self) -> None:
+        """The program ends, and the image stays as it is: nothing is waited for, written or closed."""
+        self._queue = self.node = None
+        if self._carrier is not None:
+            self._carrier.close()
+            self._carrier = None
+
     def end(self) -> None:
         """The program ends."""
         self.close()
@@ -249,10 +256,10 @@ def run_open(session: Session, words: Sequence[str]) -> int:
 
     how: How | None = How()
     options: dict[str, str] = {}
-    scan = Getopt(words, "snCro:ki:t:d:U")
+    scan = LibraryGetopt(words, "snCro:ki:t:d:U")
     for key, value in scan:
         assert how is not None
-        if key == WRONG:
+        if key == UNKNOWN:
             return usage(session, words)
         if key == "o":
             options.update(parse_options(value, session.tool))

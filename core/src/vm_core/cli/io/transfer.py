@@ -7,12 +7,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from time import monotonic_ns
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...errors import BlockError, ImageError, UsageError, VmError
+from ..getopt import UNKNOWN, LibraryGetopt
 from ..img.common import reason
 from .commands import usage
-from .getopt import WRONG, Getopt
 from .texts import MAX_REQUEST, BadNumberError, dump, parse_c_number, parse_size, report
 
 if TYPE_CHECKING:
@@ -30,6 +30,10 @@ SECTOR = 512
 
 class _WrongError(Exception):
     """The command's words are wrong; it ends with 1. What there is to say was printed, or is ``str()``."""
+
+
+class _UsageError(Exception):
+    """The command's words are wrong; it ends with how it is to be used."""
 
 
 def _number(session: Session, text: str) -> int:
@@ -57,8 +61,67 @@ def _told(function: Callable[[Session, Sequence[str]], int]) -> Callable[[Sessio
             if wrong.args and wrong.args[0]:
                 session.out.write(f"{wrong}\n")
             return 1
+        except _UsageError:
+            return usage(session, words)
 
     return run
+
+
+def _scan(
+    session: Session, words: Sequence[str], short: str, *, numbers: str = "", until: str = ""
+) -> tuple[dict[str, Any], list[str]]:
+    """A command's options with their values, and its operands.
+
+    The value of ``-P`` is a byte, those of the options among *numbers* are numbers. The scan ends with an option among
+    *until*.
+    """
+    given: dict[str, Any] = {}
+    scan = LibraryGetopt(words, short)
+    for key, value in scan:
+        if key == UNKNOWN:
+            raise _UsageError
+        given[key] = _pattern(value) if key == "P" else _number(session, value) if key in numbers else value
+        if key in until:
+            break
+    return given, scan.rest
+
+
+def _place(session: Session, operands: Sequence[str]) -> tuple[int, int]:
+    """Offset and length, the two operands of a command."""
+    if len(operands) != 2:
+        raise _UsageError
+    return _number(session, operands[0]), _number(session, operands[1])
+
+
+def _places(session: Session, operands: Sequence[str]) -> tuple[int, list[int]]:
+    """Offset and lengths of the buffers, the operands of a vectored command."""
+    if len(operands) < 2:
+        raise _UsageError
+    offset = _number(session, operands[0])
+    lengths: list[int] = []
+    for text in operands[1:]:
+        length = _number(session, text)
+        if length > MAX_REQUEST:
+            raise _WrongError(f"Argument '{text}' exceeds maximum size {MAX_REQUEST}")
+        if sum(lengths) > MAX_REQUEST - length:
+            raise _WrongError(f"The total number of bytes exceed the maximum size {MAX_REQUEST}")
+        lengths.append(length)
+    return offset, lengths
+
+
+def _found(
+    given: dict[str, Any], buffer: memoryview, offset: int, taken: int, first: int = 0, count: int | None = None
+) -> tuple[int, str]:
+    """Exit status of a read, and what is to be said about it; *first* and *count* are of the bytes to compare."""
+    part = buffer[first:] if count is None else buffer[first : first + count]
+    status, text = 0, ""
+    if "P" in given and not _holds(part, given["P"]):
+        status, text = 1, f"Pattern verification failed at offset {offset + first}, {len(part)} bytes\n"
+    if "q" not in given:
+        if "v" in given:
+            text += dump(buffer, offset)
+        text += report("read", offset, len(buffer), len(buffer), 1, taken, bare="C" in given)
+    return status, text
 
 
 # Buffers
@@ -203,41 +266,17 @@ def _timed(session: Session, work: Callable[[], object]) -> tuple[int, BaseExcep
 @_told
 def read(session: Session, words: Sequence[str]) -> int:
     """``read``: with a pattern to be found in all or a part of it."""
-    bare = quiet = verbose = state = False
-    pattern: int | None = None
-    first: int | None = None
-    count: int | None = None
-    scan = Getopt(words, "bCl:pP:qs:v")
-    for key, value in scan:
-        if key == "b":
-            state = True
-        elif key == "C":
-            bare = True
-        elif key == "l":
-            count = _number(session, value)
-        elif key == "P":
-            pattern = _pattern(value)
-        elif key == "q":
-            quiet = True
-        elif key == "s":
-            first = _number(session, value)
-        elif key == "v":
-            verbose = True
-        elif key == WRONG:
-            return usage(session, words)
-    if len(scan.rest) != 2:
-        return usage(session, words)
-    offset = _number(session, scan.rest[0])
-    length = _number(session, scan.rest[1])
+    given, operands = _scan(session, words, "bCl:pP:qs:v", numbers="ls")
+    offset, length = _place(session, operands)
     if length > MAX_REQUEST:
-        raise _WrongError(f"length cannot exceed {MAX_REQUEST}, given {scan.rest[1]}")
-    if pattern is None and (first is not None or count is not None):
-        return usage(session, words)
-    first = first or 0
-    if count is None:
-        count = length - first
+        raise _WrongError(f"length cannot exceed {MAX_REQUEST}, given {operands[1]}")
+    if "P" not in given and ("s" in given or "l" in given):
+        raise _UsageError
+    first = given.get("s", 0)
+    count = given.get("l", length - first)
     if count < 0 or count > length - first:
         raise _WrongError("pattern verification range exceeds end of read data")
+    state = "b" in given
     if state:
         _whole_sectors(offset, length)
     buffer = _target(session, length)
@@ -251,14 +290,8 @@ def read(session: Session, words: Sequence[str]) -> int:
     if failure is not None:
         session.out.write(f"read failed: {_failed(failure)}\n")
         return 1
-    status = 0
-    if pattern is not None and not _holds(buffer[first : first + count], pattern):
-        session.out.write(f"Pattern verification failed at offset {offset + first}, {count} bytes\n")
-        status = 1
-    if not quiet:
-        if verbose:
-            session.out.write(dump(buffer, offset))
-        session.out.write(report("read", offset, length, length, 1, taken, bare=bare))
+    status, text = _found(given, buffer, offset, taken, first, count)
+    session.out.write(text)
     return status
 
 
@@ -266,19 +299,6 @@ def _whole_sectors(offset: int, length: int) -> None:
     for value, name in ((offset, "offset"), (length, "count")):
         if value % SECTOR:
             raise _WrongError(f"{value} is not a sector-aligned value for '{name}'")
-
-
-def _lengths(session: Session, texts: Sequence[str]) -> list[int]:
-    """The lengths of a vectored request's buffers."""
-    lengths: list[int] = []
-    for text in texts:
-        length = _number(session, text)
-        if length > MAX_REQUEST:
-            raise _WrongError(f"Argument '{text}' exceeds maximum size {MAX_REQUEST}")
-        if sum(lengths) > MAX_REQUEST - length:
-            raise _WrongError(f"The total number of bytes exceed the maximum size {MAX_REQUEST}")
-        lengths.append(length)
-    return lengths
 
 
 def _cut(view: memoryview, lengths: Sequence[int]) -> list[memoryview]:
@@ -295,24 +315,8 @@ def _cut(view: memoryview, lengths: Sequence[int]) -> list[memoryview]:
 @_told
 def readv(session: Session, words: Sequence[str]) -> int:
     """``readv``: into several buffers."""
-    bare = quiet = verbose = False
-    pattern: int | None = None
-    scan = Getopt(words, "CP:qv")
-    for key, value in scan:
-        if key == "C":
-            bare = True
-        elif key == "P":
-            pattern = _pattern(value)
-        elif key == "q":
-            quiet = True
-        elif key == "v":
-            verbose = True
-        elif key == WRONG:
-            return usage(session, words)
-    if len(scan.rest) < 2:
-        return usage(session, words)
-    offset = _number(session, scan.rest[0])
-    lengths = _lengths(session, scan.rest[1:])
+    given, operands = _scan(session, words, "CP:qv")
+    offset, lengths = _places(session, operands)
     total = sum(lengths)
     buffer = _target(session, total)
     node = session.image
@@ -320,14 +324,8 @@ def readv(session: Session, words: Sequence[str]) -> int:
     if failure is not None:
         session.out.write(f"readv failed: {_failed(failure)}\n")
         return 1
-    status = 0
-    if pattern is not None and not _holds(buffer, pattern):
-        session.out.write(f"Pattern verification failed at offset {offset}, {total} bytes\n")
-        status = 1
-    if not quiet:
-        if verbose:
-            session.out.write(dump(buffer, offset))
-        session.out.write(report("read", offset, total, total, 1, taken, bare=bare))
+    status, text = _found(given, buffer, offset, taken)
+    session.out.write(text)
     return status
 
 
@@ -337,20 +335,10 @@ def readv(session: Session, words: Sequence[str]) -> int:
 @_told
 def write(session: Session, words: Sequence[str]) -> int:
     """``write``: a pattern, a file's bytes, zeroes by metadata, compressed, or to the machine's state."""
-    flags: set[str] = set()
-    pattern = FILL
-    source: str | None = None
-    scan = Getopt(words, "bcCfnpP:qs:uz")
-    for key, value in scan:
-        if key == WRONG:
-            return usage(session, words)
-        flags.add(key)
-        if key == "P":
-            pattern = _pattern(value)
-        elif key == "s":
-            source = value
-    if len(scan.rest) != 2:
-        return usage(session, words)
+    given, operands = _scan(session, words, "bcCfnpP:qs:uz")
+    flags, source = set(given), given.get("s")
+    if len(operands) != 2:
+        raise _UsageError
     if "b" in flags and "z" in flags:
         raise _WrongError("-b and -z cannot be specified at the same time")
     if "f" in flags and flags & {"b", "c"}:
@@ -361,16 +349,15 @@ def write(session: Session, words: Sequence[str]) -> int:
         raise _WrongError("-u requires -z to be specified")
     if len(flags & {"z", "P", "s"}) > 1:
         raise _WrongError("Only one of -z, -P, and -s can be specified at the same time")
-    offset = _number(session, scan.rest[0])
-    length = _number(session, scan.rest[1])
+    offset, length = _place(session, operands)
     if length > MAX_REQUEST and "n" not in flags:
-        raise _WrongError(f"length cannot exceed {MAX_REQUEST} without -n, given {scan.rest[1]}")
+        raise _WrongError(f"length cannot exceed {MAX_REQUEST} without -n, given {operands[1]}")
     if flags & {"b", "c"}:
         _whole_sectors(offset, length)
     node, fua = session.image, "f" in flags
     buffers: list[memoryview] = []
     if "z" not in flags:
-        buffers = _repeated(session, pattern, length) if source is None else _from_file(source, length)
+        buffers = _from_file(source, length) if source is not None else _repeated(session, given.get("P", FILL), length)
 
     def work() -> None:
         if "b" in flags:
@@ -398,32 +385,16 @@ def write(session: Session, words: Sequence[str]) -> int:
 @_told
 def writev(session: Session, words: Sequence[str]) -> int:
     """``writev``: from several buffers."""
-    bare = quiet = fua = False
-    pattern = FILL
-    scan = Getopt(words, "CfP:q")
-    for key, value in scan:
-        if key == "C":
-            bare = True
-        elif key == "f":
-            fua = True
-        elif key == "P":
-            pattern = _pattern(value)
-        elif key == "q":
-            quiet = True
-        elif key == WRONG:
-            return usage(session, words)
-    if len(scan.rest) < 2:
-        return usage(session, words)
-    offset = _number(session, scan.rest[0])
-    lengths = _lengths(session, scan.rest[1:])
+    given, operands = _scan(session, words, "CfP:q")
+    offset, lengths = _places(session, operands)
     total = sum(lengths)
-    buffers = [view for length in lengths for view in _repeated(session, pattern, length)]
-    taken, failure = _timed(session, lambda: _do_write(session, offset, buffers, total, fua=fua))
+    buffers = [view for length in lengths for view in _repeated(session, given.get("P", FILL), length)]
+    taken, failure = _timed(session, lambda: _do_write(session, offset, buffers, total, fua="f" in given))
     if failure is not None:
         session.out.write(f"writev failed: {_failed(failure)}\n")
         return 1
-    if not quiet:
-        session.out.write(report("wrote", offset, total, total, 1, taken, bare=bare))
+    if "q" not in given:
+        session.out.write(report("wrote", offset, total, total, 1, taken, bare="C" in given))
     return 0
 
 
@@ -433,29 +404,11 @@ def writev(session: Session, words: Sequence[str]) -> int:
 @_told
 def aio_read(session: Session, words: Sequence[str]) -> int:
     """``aio_read``: reads while the commands go on."""
-    bare = quiet = verbose = invalid = False
-    pattern: int | None = None
-    scan = Getopt(words, "CP:iqv")
-    for key, value in scan:
-        if key == "C":
-            bare = True
-        elif key == "P":
-            pattern = _pattern(value)
-        elif key == "i":
-            invalid = True
-        elif key == "q":
-            quiet = True
-        elif key == "v":
-            verbose = True
-        elif key == WRONG:
-            return usage(session, words)
-    if invalid:
+    given, operands = _scan(session, words, "CP:iqv")
+    if "i" in given:
         session.out.write("injecting invalid read request\n")
         return 0
-    if len(scan.rest) < 2:
-        return usage(session, words)
-    offset = _number(session, scan.rest[0])
-    lengths = _lengths(session, scan.rest[1:])
+    offset, lengths = _places(session, operands)
     total = sum(lengths)
     buffer = _target(session, total)
     node = session.image
@@ -466,15 +419,7 @@ def aio_read(session: Session, words: Sequence[str]) -> int:
             _do_read(session, node, offset, _cut(buffer, lengths), total)
         except (OSError, VmError) as error:
             return f"readv failed: {_failed(error)}\n"
-        taken = monotonic_ns() - started
-        text = ""
-        if pattern is not None and not _holds(buffer, pattern):
-            text = f"Pattern verification failed at offset {offset}, {total} bytes\n"
-        if not quiet:
-            if verbose:
-                text += dump(buffer, offset)
-            text += report("read", offset, total, total, 1, taken, bare=bare)
-        return text
+        return _found(given, buffer, offset, monotonic_ns() - started)[1]
 
     session.queue.submit(work)
     return 0
@@ -483,33 +428,24 @@ def aio_read(session: Session, words: Sequence[str]) -> int:
 @_told
 def aio_write(session: Session, words: Sequence[str]) -> int:
     """``aio_write``: writes while the commands go on."""
-    flags: set[str] = set()
-    pattern = FILL
-    scan = Getopt(words, "CfiP:quz")
-    for key, value in scan:
-        if key == WRONG:
-            return usage(session, words)
-        flags.add(key)
-        if key == "P":
-            pattern = _pattern(value)
-        elif key == "i":
-            session.out.write("injecting invalid write request\n")
-            return 0
-    if len(scan.rest) < 2:
-        return usage(session, words)
+    flags, operands = _scan(session, words, "CfiP:quz", until="i")
+    if "i" in flags:
+        session.out.write("injecting invalid write request\n")
+        return 0
     zeroes = "z" in flags
-    if zeroes and len(scan.rest) != 2:
+    if len(operands) < 2:
+        raise _UsageError
+    if zeroes and len(operands) != 2:
         raise _WrongError("-z supports only a single length parameter")
     if "u" in flags and not zeroes:
         raise _WrongError("-u requires -z to be specified")
-    offset = _number(session, scan.rest[0])
+    buffers: list[memoryview] = []
     if zeroes:
-        total = _number(session, scan.rest[1])
-        buffers: list[memoryview] = []
+        offset, total = _place(session, operands)
     else:
-        lengths = _lengths(session, scan.rest[1:])
+        offset, lengths = _places(session, operands)
         total = sum(lengths)
-        buffers = [view for length in lengths for view in _repeated(session, pattern, length)]
+        buffers = [view for length in lengths for view in _repeated(session, flags.get("P", FILL), length)]
     node, fua = session.image, "f" in flags
     started = monotonic_ns()
 
@@ -547,21 +483,10 @@ def flush(session: Session, words: Sequence[str]) -> int:
 @_told
 def discard(session: Session, words: Sequence[str]) -> int:
     """``discard``: bytes that are no longer needed."""
-    bare = quiet = False
-    scan = Getopt(words, "Cq")
-    for key, _ in scan:
-        if key == "C":
-            bare = True
-        elif key == "q":
-            quiet = True
-        else:
-            return usage(session, words)
-    if len(scan.rest) != 2:
-        return usage(session, words)
-    offset = _number(session, scan.rest[0])
-    length = _number(session, scan.rest[1])
+    given, operands = _scan(session, words, "Cq")
+    offset, length = _place(session, operands)
     if length > MAX_REQUEST:
-        raise _WrongError(f"length cannot exceed {MAX_REQUEST}, given {scan.rest[1]}")
+        raise _WrongError(f"length cannot exceed {MAX_REQUEST}, given {operands[1]}")
     node = session.image
 
     def work() -> None:
@@ -574,8 +499,8 @@ def discard(session: Session, words: Sequence[str]) -> int:
     if failure is not None:
         session.out.write(f"discard failed: {_failed(failure)}\n")
         return 1
-    if not quiet:
-        session.out.write(report("discard", offset, length, length, 1, taken, bare=bare))
+    if "q" not in given:
+        session.out.write(report("discard", offset, length, length, 1, taken, bare="C" in given))
     return 0
 
 
@@ -583,9 +508,9 @@ def discard(session: Session, words: Sequence[str]) -> int:
 def truncate(session: Session, words: Sequence[str]) -> int:
     """``truncate``: another virtual size."""
     preallocation = "off"
-    scan = Getopt(words, "m:")
+    scan = LibraryGetopt(words, "m:")
     for key, value in scan:
-        if key == WRONG:
+        if key == UNKNOWN:
             return usage(session, words)
         preallocation = value
         if value not in ("off", "metadata", "falloc", "full"):
