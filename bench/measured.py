@@ -55,8 +55,7 @@ def run(command: Sequence[str | Path]) -> Run:
 #: Bytes of memory that are touched before each run: more than any of them takes.
 _WARM = 2 << 30
 _TOUCH = (
-    "import mmap, sys;"
-    "mmap.mmap(-1, int(sys.argv[1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)"
+    "import mmap, sys;mmap.mmap(-1, int(sys.argv[1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)"
 )
 
 

@@ -313,3 +313,22 @@ def test_every_width_and_cluster_size(tmp_path: Path, qemu: Qemu, cluster: int, 
             assert node.pread(0, size) == model
     assert qemu.read(path) == model
     qemu.sound(path)
+
+
+def test_compressed_data_goes_behind_none_that_is_gone(tmp_path: Path, qemu: Qemu) -> None:
+    """Where compressed data ended, something else may be by now: the next piece must not be put there."""
+    path = tmp_path / "image"
+    qemu.create(path, 8 << 20)
+    size = 65536
+    first, second = ((bytes(range(start, start + 64)) * 1024) for start in (1, 100))
+    with open_node({"driver": "qcow2", "file.filename": str(path)}, readonly=False) as node:
+        node.write_compressed(0, [memoryview(first)])  # type: ignore[attr-defined]
+        node.discard(0, size)
+        node.flush()
+        data = bytes(range(1, 252)) * 600
+        node.pwrite(4 * size, data)
+        node.write_compressed(16 * size, [memoryview(second)])  # type: ignore[attr-defined]
+        assert node.pread(4 * size, len(data)) == data
+        assert node.pread(16 * size, size) == second
+    qemu.sound(path)
+    assert qemu.read(path)[4 * size : 4 * size + len(data)] == data

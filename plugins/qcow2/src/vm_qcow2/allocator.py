@@ -81,9 +81,7 @@ class Allocator:
                 self._hint = min(self._hint, first)
         if not first and what:
             raise self.store.mark_corrupt(f"Preventing invalid allocation of {what} at offset 0")
-        self.metadata.check(first, count)
-        self.refcounts.set_run(first, count, 1)
-        self.fresh_from = max(self.fresh_from, first + count)
+        self._count(first, count)
         return first
 
     def allocate_at(self, first: int, count: int) -> int:
@@ -98,10 +96,25 @@ class Allocator:
                 break
             # The new block may be put where this allocation was planned.
             self._create_block(missing)
-        self.metadata.check(first, free)
-        self.refcounts.set_run(first, free, 1)
-        self.fresh_from = max(self.fresh_from, first + free)
+        self._count(first, free)
         return free
+
+    def _count(self, first: int, count: int) -> None:
+        """Count free clusters as taken. Raises BlockError, with nothing counted, where metadata is found there."""
+        self.refcounts.set_run(first, count, 1)
+        try:
+            self.metadata.check(first, count)
+        except BaseException:
+            self.cancel(first, count)
+            raise
+        self._taken(first, count)
+
+    def _taken(self, first: int, count: int) -> None:
+        """These clusters were free, and are something now."""
+        self.fresh_from = max(self.fresh_from, first + count)
+        if first <= self._bytes_at >> self.store.geometry.cluster_bits < first + count:
+            # The compressed data that ended there was given up.
+            self._bytes_at = 0
 
     def _free_at(self, first: int, count: int) -> int:
         """How many of *count* clusters from *first* on are free, up to the first that is not."""
@@ -239,7 +252,7 @@ class Allocator:
             # It counts itself.
             self.refcounts.set_run(cluster, 1, 1)
         self.metadata.add(cluster, 1, REFCOUNT_BLOCK)
-        self.fresh_from = max(self.fresh_from, cluster + 1)
+        self._taken(cluster, 1)
 
     def _grow_table(self, index: int, cluster: int) -> None:
         """Move the refcount table to a larger one that has room for block *index*, which will be at *cluster*.
@@ -276,6 +289,10 @@ class Allocator:
         self._move_table(start, missing, clusters * words, None)
         return start + len(missing) + clusters
 
+    def move_table(self, area: int) -> None:
+        """Move the refcount table as it is to free clusters from *area* on; what was allocated before is stable."""
+        self._move_table(area, (), len(self.refcounts.table), None)
+
     def _last_block(self) -> int:
         """One more than the number of the last refcount block."""
         table = self.refcounts.table
@@ -285,7 +302,7 @@ class Allocator:
         """Take these clusters, which are free and covered by refcount blocks."""
         self.metadata.check(first, count)
         self.refcounts.set_run(first, count, 1)
-        self.fresh_from = max(self.fresh_from, first + count)
+        self._taken(first, count)
 
     def _move_table(self, area: int, numbers: Sequence[int], entries: int, other: tuple[int, int] | None) -> None:
         """Put new blocks *numbers* and after them a new table of *entries* entries to the free clusters from *area* on.
@@ -334,7 +351,7 @@ class Allocator:
         for position in range(new_blocks):
             self.metadata.add(area + position, 1, REFCOUNT_BLOCK)
         self.metadata.add(area + new_blocks, table_clusters, REFCOUNT_TABLE)
-        self.fresh_from = max(self.fresh_from, area + used)
+        self._taken(area, used)
         store.header.refcount_table_offset = table_offset
         store.header.refcount_table_clusters = table_clusters
         store.file.event("refblock_alloc_switch_table")
@@ -425,5 +442,6 @@ class Allocator:
     # For repair
 
     def start_at(self, cluster: int) -> None:
-        """Look for free clusters from *cluster* on."""
+        """Look for free clusters from *cluster* on, and go on with nothing that is begun."""
         self._hint = cluster
+        self._bytes_at = 0

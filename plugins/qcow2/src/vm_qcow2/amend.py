@@ -17,6 +17,7 @@ import os
 from array import array
 from typing import TYPE_CHECKING, Any
 
+from vm_core.block.tables import dump
 from vm_core.errors import BlockError, ImageError, UsageError
 
 from . import extensions, features
@@ -25,7 +26,7 @@ from .geometry import COMPRESSED, COPIED, OFFSET_MASK, ZERO
 from .header import MAX_BACKING_NAME, NEW_V3_LENGTH, V2_LENGTH, Header
 from .refcounts import decode, encode
 from .snapshots import MIN_EXTRA_BYTES, rewrite_snapshots
-from .store import swap
+from .store import alternate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -249,9 +250,8 @@ def _l1_tables(image: Qcow2) -> Iterator[array[int]]:
     for one in image.snapshot_table.entries:
         problem = one.l1_problem(image.cluster_size)
         if problem is not None:
-            error = BlockError.of(problem.code, f"Failed to turn zero into data clusters: {os.strerror(problem.code)}")
-            error.add_note(str(problem.strerror))
-            raise error
+            problem.add_note(str(problem.strerror))
+            raise problem
         yield image.store.read_words(one.head.l1_table_offset, one.head.l1_size, f"L1 table of snapshot '{one.name}'")
 
 
@@ -269,7 +269,15 @@ def _has_compressed(image: Qcow2) -> bool:
 
 
 def expand_zero_clusters(image: Qcow2, report: Callable[[int, int], None]) -> None:
-    """Do away with zero clusters in all L2 tables, of snapshots too."""
+    """Do away with zero clusters in all L2 tables, of snapshots too. Raises BlockError."""
+    try:
+        _expand(image, report)
+    except BlockError as error:
+        reason = os.strerror(error.code)
+        raise BlockError.of(error.code, f"Failed to turn zero into data clusters: {reason}") from error
+
+
+def _expand(image: Qcow2, report: Callable[[int, int], None]) -> None:
     image.order.write_back()
     image.refcounts.settle()
     image.tables.drop_clean()
@@ -281,6 +289,8 @@ def expand_zero_clusters(image: Qcow2, report: Callable[[int, int], None]) -> No
     for l1 in tables:
         for index, entry in enumerate(l1):
             offset = entry & OFFSET_MASK
+            if offset & image.cluster_size - 1:
+                raise image.tables.unaligned(index, offset)
             if offset and offset not in seen:
                 seen.add(offset)
                 _expand_table(image, offset, index, backed)
@@ -304,7 +314,8 @@ def _expand_table(image: Qcow2, offset: int, l1_index: int, backed: bool) -> Non
             host = word & OFFSET_MASK
             if host & size - 1:
                 raise store.mark_corrupt(
-                    f"Cluster allocation offset {host:#x} unaligned (L2 offset: {offset:#x}, L2 index: {number:#x})"
+                    f"Cluster allocation offset {host:#x} unaligned "
+                    f"(L2 offset: {offset:#x}, L2 index: {alternate(number)})"
                 )
             if not host and not backed:
                 entries[number] = 0
@@ -448,7 +459,7 @@ class _WidthChange:
         table = array("Q", bytes(self.table_clusters * self._cluster_size))
         for number, cluster in self._blocks.items():
             table[number] = cluster << bits
-        store.write(self.table_first << bits, swap(table).tobytes())
+        store.write(self.table_first << bits, dump(table, "big"))
         store.barrier()
 
     def _counts(self, number: int) -> array[int]:

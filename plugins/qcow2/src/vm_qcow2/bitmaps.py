@@ -260,6 +260,8 @@ class Bitmaps:
         #: The directory on disk: place and bytes.
         self.directory_offset = 0
         self.directory_size = 0
+        #: They are on disk as they are here, and not in use, although the image is open for writing.
+        self.settled = False
 
     # Reading
 
@@ -426,6 +428,12 @@ class Bitmaps:
 
     # To disk
 
+    def unsettle(self) -> None:
+        """Something is about to change."""
+        if self.settled:
+            self.settled = False
+            self.begin()
+
     def begin(self) -> None:
         """The image is open for writing: what is on disk is in use from now on."""
         if any(not one.inconsistent for one in self.entries):
@@ -436,7 +444,7 @@ class Bitmaps:
     def store(self) -> None:
         """Write every bitmap anew and let the header point at them. Raises BlockError; then all stay in use."""
         fresh = [one for one in self.entries if not one.inconsistent]
-        if not fresh:
+        if not fresh or self.settled:
             return
         self._settle()
         # QEMU keeps its list newest first, so those added since are stored in that order.
@@ -448,6 +456,12 @@ class Bitmaps:
             self._write(bitmap)
         self._switch(in_use=False)
         self._free_bits(former)
+
+    def move_directory(self) -> None:
+        """Write the directory anew, to the first free clusters. The bitmaps are on disk as they are here."""
+        if self.directory_offset:
+            self._settle()
+            self._switch(in_use=False)
 
     def _settle(self) -> None:
         self.image.order.write_back()

@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 from vm_core.block import notices
 from vm_core.block.structs import Record, u8, u16, u32, u64
+from vm_core.block.tables import load
 from vm_core.errors import BlockError
 
 from . import extensions, features, scattered
 from .entries import ALL_ALLOCATED, Run, State, all_runs
 from .geometry import COMPRESSED, COPIED, L1_RESERVED, L2_RESERVED, MAX_L1_BYTES, OFFSET_MASK, ZERO
 from .references import PIECE, PIECE_BITS, References
-from .store import swap
 from .tables import L2Table
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ class _Checker:
                 if total > MAX_SNAPSHOT_ENTRIES:
                     raise self.store.error("the snapshots have more L2 tables than can be checked")
                 inside = max(0, min(size, (self.store.file.size - offset) // 8))
-                l1 = swap(array("Q", self.store.file.pread(offset, inside * 8)))
+                l1 = load("Q", self.store.file.pread(offset, inside * 8), "big")
                 self._count_l1(offset, l1, active=False, size=size)
         self._count(header.snapshots_offset, image.snapshot_table.length)
         self._count(header.refcount_table_offset, header.refcount_table_clusters << self.geometry.cluster_bits)
@@ -306,7 +306,7 @@ class _Checker:
                 return
         if offset >= self.store.file.size:
             return
-        words = swap(array("Q", self.store.file.pread(offset, size)))
+        words = load("Q", self.store.file.pread(offset, size), "big")
         table = L2Table.of_words(offset, words, linked=True, extended=geometry.extended)
         found = self.result.corruptions
         taken: list[tuple[int, int]] = []
@@ -476,7 +476,7 @@ class _Checker:
             self._count(entry.table_offset, entry.table_size * 8)
             if entry.table_offset + entry.table_size * 8 > self.store.file.size:
                 continue
-            for word in swap(array("Q", self.store.file.pread(entry.table_offset, entry.table_size * 8))):
+            for word in load("Q", self.store.file.pread(entry.table_offset, entry.table_size * 8), "big"):
                 if word & OFFSET_MASK:
                     self._count(word & OFFSET_MASK, self.geometry.cluster_size)
 

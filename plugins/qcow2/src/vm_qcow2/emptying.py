@@ -52,16 +52,26 @@ def _start_anew(image: Qcow2) -> None:
 
     At every moment the image on disk is whole, or marked as one whose reference counts have to be counted again.
     """
-    store, header, file, cluster_size = image.store, image.header, image.file, image.cluster_size
-    l1, l1_clusters = image.tables.l1, _l1_clusters(image)
-    used = 3 + l1_clusters
+    store = image.store
     image.order.write_back()
-    was_dirty = header.incompatible_features & DIRTY
+    was_dirty = bool(store.header.incompatible_features & DIRTY)
     store.set_dirty(True)
     store.barrier()
+    try:
+        _write_anew(image, 3 + _l1_clusters(image), keep_mark=was_dirty)
+    except BaseException:
+        # The tables in memory are not those on disk any more: whoever opens the image next counts again.
+        store.corrupt = True
+        raise
+    image.start_anew()
+
+
+def _write_anew(image: Qcow2, used: int, *, keep_mark: bool) -> None:
+    """Write the *used* clusters of an empty image, and cut off the rest of the file. The mark is in the header."""
+    store, header, file, cluster_size = image.store, image.header, image.file, image.cluster_size
     # No guest data from here on. What the old tables took is leaked.
     file.event("l1_update")
-    store.write(header.l1_table_offset, bytes(len(l1) * 8))
+    store.write(header.l1_table_offset, bytes(len(image.tables.l1) * 8))
     store.barrier()
     # The new structures' place holds zeroes before anything points there; no reference count is believed any more.
     file.event("empty_image_prepare")
@@ -82,10 +92,9 @@ def _start_anew(image: Qcow2) -> None:
     store.write_words(cluster_size, array("Q", (2 * cluster_size,)))
     store.barrier()
     file.truncate(used * cluster_size)
-    if not was_dirty:
+    if not keep_mark:
         store.set_dirty(False)
     store.barrier()
-    image.start_anew()
 
 
 def trim(image: Qcow2) -> int:
@@ -104,13 +113,13 @@ def reclaim(image: Qcow2) -> int:
     bits = image.geometry.cluster_bits
     stop = last_used(image) + 1
     given = 0
-    for first, count in _free_runs(image, stop):
+    for first, count in free_runs(image, stop):
         image.file.discard(first << bits, count << bits)
         given += count << bits
     return given + trim(image)
 
 
-def _free_runs(image: Qcow2, stop: int) -> Iterator[tuple[int, int]]:
+def free_runs(image: Qcow2, stop: int) -> Iterator[tuple[int, int]]:
     """(first, count) of the free clusters below *stop*."""
     refcounts, per_block = image.refcounts, image.geometry.refblock_entries
     start = -1

@@ -41,16 +41,6 @@ class Header(Record, order="big"):
     compression_type: int = u8(104, doc="0 zlib, 1 zstd; not 0 only with the incompatible bit 3")
 
 
-def human(size: int) -> str:
-    """A size for messages: ``64 MiB``."""
-    amount, unit = float(size), "bytes"
-    for larger in ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB"):
-        if amount < 1024:
-            break
-        amount, unit = amount / 1024, larger
-    return f"{amount:.3g} {unit}" if amount < 1000 else f"{amount:.0f} {unit}"
-
-
 def read_header(file: Node, name: str) -> Header:
     """Read the header of *file* and check each field on its own, in QEMU's order and words. Raises ImageError.
 

@@ -7,13 +7,13 @@ what reaches the disk is the business of ``order.py``.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vm_core.block.format import BackingReference, Format, Progress
 from vm_core.block.mapping import Allocation, Kind, Mapping
 from vm_core.block.node import Node
+from vm_core.block.tables import load
 from vm_core.errors import ImageError
 
 from . import extensions, features, overlap
@@ -21,18 +21,20 @@ from .allocator import Allocator
 from .compression import TYPES, DecompressError, decoder, encoder
 from .entries import INVALID, Run, State, all_runs, run_length
 from .entries import damage as describe_damage
-from .header import MAX_BACKING_NAME, Header, human, read_header
+from .geometry import COMPRESSED, COPIED, OFFSET_MASK, ZERO
+from .header import MAX_BACKING_NAME, Header, read_header
 from .order import Order
 from .overlap import MetadataMap
 from .refcounts import Refcounts
 from .runtime import take
 from .snapshots import SnapshotTable, check_place, read_snapshots
-from .store import Store, alternate, swap
+from .store import Store, alternate
 from .tables import L2Table, Tables
 
 if TYPE_CHECKING:
     from vm_core.block.inplace import Source, Target
     from vm_core.block.open import OpenContext
+    from vm_core.block.relocation import Relocation
 
     from .bitmaps import Bitmaps
     from .encryption import Encryption
@@ -53,6 +55,10 @@ _KINDS = {
 }
 
 
+#: Runs of an L2 table from which on they are taken for short ones.
+SHORT = 64
+
+
 class Damage(NamedTuple):
     """What the map says of an L2 entry that means nothing: the table, and which entry."""
 
@@ -63,6 +69,7 @@ class Damage(NamedTuple):
 class Qcow2(Format):
     """One open image."""
 
+    create_failure = "Could not write qcow2 header: {}"
     #: How guest data is encrypted, where it is.
     encryption: Encryption | None = None
 
@@ -145,8 +152,6 @@ class Qcow2(Format):
             self._bitmaps = Bitmaps(self)
             self.bitmap_warning = self._bitmaps.read()
         self.tracking = self._bitmaps is not None and not readonly and not check
-        #: Host offsets below this are known to lie in the file.
-        self._known_end = file.size
         if not readonly:
             self._prepare_writing(check)
 
@@ -237,7 +242,7 @@ class Qcow2(Format):
             else:
                 metadata.register(one.head.l1_table_offset, one.head.l1_size * 8, overlap.INACTIVE_L1)
                 if overlap.INACTIVE_L2 in metadata.checks:
-                    tables = swap(array("Q", self.file.pread(one.head.l1_table_offset, one.head.l1_size * 8)))
+                    tables = load("Q", self.file.pread(one.head.l1_table_offset, one.head.l1_size * 8), "big")
                     metadata.register_tables(tables, overlap.INACTIVE_L2)
 
     def _prepare_writing(self, check: bool) -> None:
@@ -248,6 +253,11 @@ class Qcow2(Format):
             header.autoclear_features &= features.KNOWN_AUTOCLEAR
             store.write_header("autoclear_features")
             store.barrier()
+        if self.bitmap_warning:
+            from .headerarea import write_area
+
+            # They are told once: whoever opens the image next finds none.
+            write_area(self, [one for one in self.extensions if one.type != extensions.BITMAPS])
         if header.incompatible_features & features.DIRTY and not check:
             self._repair_dirty()
         if self._bitmaps is not None and not check:
@@ -274,10 +284,6 @@ class Qcow2(Format):
     @property
     def dirty(self) -> bool:
         return bool(self.header.incompatible_features & features.DIRTY)
-
-    def unsaved(self) -> Sequence[str]:
-        counts = self.refcounts.dirty or self.tables.dirty
-        return ["L2 table cache"] * self.tables.dirty + ["refcount block cache"] * counts
 
     def info(self) -> dict[str, Any]:
         header = self.header
@@ -318,6 +324,8 @@ class Qcow2(Format):
             from .bitmaps import Bitmaps
 
             self._bitmaps = Bitmaps(self)
+        elif not self.readonly:
+            self._bitmaps.unsettle()
         return self._bitmaps
 
     def bitmap_add(self, name: str, granularity: int | None = None, *, enabled: bool = True) -> None:
@@ -344,6 +352,7 @@ class Qcow2(Format):
 
     def written(self, offset: int, length: int) -> None:
         assert self._bitmaps is not None
+        self._bitmaps.unsettle()
         self._bitmaps.mark(offset, length)
 
     # Internal snapshots
@@ -388,6 +397,8 @@ class Qcow2(Format):
         found: list[Mapping] = []
         unit = offset >> bits
         stop = (end - 1 >> bits) + 1
+        if unit + 1 == stop and (one := self._map_within(offset, length)) is not None:
+            return one
         while unit < stop:
             l1_index = unit >> table_bits
             table = self.tables.get(l1_index)
@@ -402,10 +413,55 @@ class Qcow2(Format):
                 continue
             base = l1_index << table_bits
             last = min(stop - base, 1 << table_bits)
-            for run in all_runs(table.entries, table.bitmaps, unit - base, last, self.geometry):
-                self._append_run(found, table, run, base + run.at, offset, end)
+            runs = all_runs(table.entries, table.bitmaps, unit - base, last, self.geometry)
+            if len(runs) > SHORT and self.encryption is None and not self._external:
+                self._append_plain(found, table, runs, base, offset, end)
+            else:
+                for run in runs:
+                    self._append_run(found, table, run, base + run.at, offset, end)
             unit = base + last
         return found
+
+    def _map_within(self, offset: int, length: int) -> tuple[Mapping] | None:
+        """Shortcut for most small requests, which are about a part of one plain data cluster; None: not such a one."""
+        unit, bits = offset >> self._unit_bits, self._table_bits
+        table = self.tables.get(unit >> bits)
+        if table is None or table.bitmaps is not None or self._external:
+            return None
+        entry = table.entries[unit & (1 << bits) - 1]
+        host = entry & OFFSET_MASK
+        inside = self.cluster_size - 1
+        if not host or host & inside or entry & (COMPRESSED | ZERO):
+            return None
+        writable = bool(entry & COPIED) and not self.readonly and not self.store.corrupt
+        if writable:
+            writable = self.metadata.find(host >> self._cluster_bits, 1) is None
+        host += offset & inside
+        return (Mapping(Kind.DATA, offset, length, self.storage(offset, host), host, writable),)
+
+    def _append_plain(
+        self, found: list[Mapping], table: L2Table, runs: Sequence[Run], base: int, offset: int, end: int
+    ) -> None:
+        """Like :meth:`_append_run` for many short runs: those that neither begin nor go on anything go straight in."""
+        bits, data, low = self._unit_bits, self.data, offset
+        locked = self.readonly or self.store.corrupt
+        plain, empty = State.DATA, State.UNALLOCATED
+        former = runs[0].state  # the first may go on what the table before ended with
+        for run in runs:
+            state, at, clusters, host, copied, _ = run
+            start = base + at << bits
+            length = clusters << bits
+            if state is not former and start >= low and start + length <= end:
+                if state is empty:
+                    former = state
+                    found.append(Mapping(Kind.UNALLOCATED, start, length))
+                    continue
+                if state is plain and (locked or not copied):
+                    former = state
+                    found.append(Mapping(Kind.DATA, start, length, data, host))
+                    continue
+            former = state
+            self._append_run(found, table, run, base + at, offset, end)
 
     def _append_run(self, found: list[Mapping], table: L2Table, run: Run, first: int, offset: int, end: int) -> None:
         state = run.state
@@ -422,7 +478,7 @@ class Qcow2(Format):
                     )
                 writable = state is State.DATA and run.copied and not self.readonly
             elif state is State.DATA:
-                self._check_data(host, run.clusters << self._unit_bits)
+                # What lies past the end of the file reads as zeroes; checks tell of it.
                 writable = run.copied and not self.readonly and not self.store.corrupt
                 if writable:
                     bits = self._cluster_bits
@@ -472,14 +528,6 @@ class Qcow2(Format):
         storage = self.storage(start, host) if host >= 0 else None
         found.append(Mapping(kind, start, stop - start, storage, host, writable, token))
 
-    def _check_data(self, host: int, length: int) -> None:
-        """Raise ImageError unless every cluster of this run of data begins within the file."""
-        last = host + length - 1 & -self.cluster_size
-        if last >= self._known_end:
-            self._known_end = max(self.file.size, self._known_end)
-            if last >= self._known_end:
-                raise self.store.error(f"data cluster at {last:#x} lies outside the file ({human(self._known_end)})")
-
     def _damaged(self, damage: Damage) -> OSError:
         """An L2 entry means nothing: mark the image as corrupt; returns the error to raise."""
         table, index = damage
@@ -491,9 +539,11 @@ class Qcow2(Format):
     def map_cached(self, offset: int, length: int) -> Sequence[Mapping] | None:
         shift = self.geometry.guest_bits
         tables = self.tables
-        for index in range(offset >> shift, (offset + length - 1 >> shift) + 1):
+        index, last = offset >> shift, offset + length - 1 >> shift
+        while index <= last:
             if tables.cached(index) is None and tables.l1[index]:
                 return None
+            index += 1
         return self.map(offset, length)
 
     def read_special(self, mapping: Mapping) -> bytes:
@@ -502,6 +552,8 @@ class Qcow2(Format):
         offset, length = self.geometry.compressed_extent(mapping.token)
         size = self.file.size
         if offset >= size:
+            from vm_core.sizes import human
+
             raise self.store.error(f"compressed cluster at {offset:#x} lies outside the file ({human(size)})")
         try:
             data = self._decode(self.file.pread(offset, min(length, size - offset)), self.cluster_size)
@@ -554,7 +606,7 @@ class Qcow2(Format):
 
     def _counts_holes(self) -> bool:
         bits, per_block = self._cluster_bits, self.geometry.refblock_entries
-        real = self.file.allocated() >> bits
+        real = self.file.known_allocated().get("actual-size", 0) >> bits
         limit = max(real * 10 // 9, real + 2)
         clusters = -(-self.file.size >> bits)
         if not real or clusters < limit:
@@ -613,7 +665,7 @@ class Qcow2(Format):
     def close(self) -> None:
         if not self.readonly and not self.store.corrupt:
             self._store_bitmaps()
-            self.order.close()
+            self.order.finish()
 
     def _store_bitmaps(self) -> None:
         if self._bitmaps is not None and self.tracking:
@@ -682,7 +734,26 @@ class Qcow2(Format):
         self._writer = None
         self._registered = False
         self._register_tables()
-        self._known_end = self.file.size
+
+    def relocation(self) -> Relocation:
+        from .relocation import Qcow2Relocation
+
+        return Qcow2Relocation(self)
+
+    def settle_bitmaps(self) -> None:
+        """Have the bitmaps on disk as they are, in the first free clusters; closing has nothing to do about them then.
+
+        What changes them, or anything else, takes that back.
+        """
+        if self._bitmaps is not None and self.tracking:
+            self._bitmaps.settled = False
+            self._bitmaps.store()
+            self._bitmaps.settled = True
+
+    def move_bitmap_directory(self) -> None:
+        """Have the directory of the bitmaps in the first free clusters, apart from the bitmaps, which are settled."""
+        if self._bitmaps is not None and self._bitmaps.settled:
+            self._bitmaps.move_directory()
 
     def reclaim(self) -> int:
         from .emptying import reclaim

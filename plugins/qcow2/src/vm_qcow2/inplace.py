@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vm_core.block.inplace import SECTOR, Contents, Extra, HeaderPlan, Source, Space, Target, place_beside
+from vm_core.block.tables import dump
 from vm_core.errors import ImageError
 
 from . import extensions, features
@@ -19,7 +20,6 @@ from .entries import make_run
 from .extensions import Extension
 from .geometry import COPIED, MAX_CLUSTER_BITS, MAX_L1_BYTES, MAX_REFTABLE_BYTES, MIN_CLUSTER_BITS, ZERO
 from .header import MAX_BACKING_NAME, NEW_V3_LENGTH, Header
-from .store import swap
 
 if TYPE_CHECKING:
     from .image import Qcow2
@@ -160,7 +160,7 @@ class Qcow2Target(Target):
     def _write_table(self) -> None:
         if self._table is not None:
             offset = self.space.take(self._size)
-            self.space.write(offset, swap(self._table).tobytes())
+            self.space.write(offset, dump(self._table, "big"))
             self._l1[self._number] = offset | COPIED
             self._table = None
 
@@ -169,7 +169,7 @@ class Qcow2Target(Target):
         self._write_table()
         l1 = space.take(max(8, len(self._l1) * 8))
         l1_size = len(self._l1)
-        space.write(l1, swap(self._l1).tobytes())
+        space.write(l1, dump(self._l1, "big"))
         table, clusters = self._write_refcounts()
         header = Header(
             cluster_bits=self._bits,
@@ -207,7 +207,7 @@ class Qcow2Target(Target):
             counts.byteswap() if _LITTLE else None
             space.write(first + number * size, counts.tobytes())
         entries = array("Q", range(first, first + blocks * size, size))
-        space.write(table, swap(entries).tobytes())
+        space.write(table, dump(entries, "big"))
         return table, table_clusters
 
     def _plan(self, header: Header, kept: Sequence[tuple[int, int]]) -> HeaderPlan:

@@ -21,8 +21,10 @@ else of step 3, and whoever opens such an image counts anew. It is taken away ag
 
 from __future__ import annotations
 
+import errno
 import os
 
+from vm_core.block.notices import report
 from vm_core.errors import BlockError
 
 from .allocator import Allocator
@@ -63,8 +65,7 @@ class Order:
         broken = self.allocator.metadata.broken
         if broken is not None and (tables.dirty or refcounts.dirty):
             # It is not known what would be overwritten.
-            reason = os.strerror(broken.code)
-            raise BlockError.of(broken.code, f"Failed to flush the refcount block cache: {reason}")
+            raise BlockError.of(broken.code)
         if tables.dirty:
             # Step 1
             written = []
@@ -109,6 +110,39 @@ class Order:
         """Write back, and take away the dirty bit."""
         self.write_back()
         self.refcounts.settle()
+        self._clean()
+
+    def finish(self) -> None:
+        """The same for the last time: whatever cannot be written is told, and the rest is written all the same.
+
+        Raises the first error.
+        """
+        failure: OSError | None = None
+        steps = (("L2 table cache", self._finish_tables), ("refcount block cache", self._finish_refcounts))
+        for what, write in steps:
+            try:
+                write()
+            except OSError as error:
+                report(f"Failed to flush the {what}: {os.strerror(error.errno or errno.EIO)}")
+                failure = failure or error
+        if failure is not None:
+            raise failure
+        self._clean()
+
+    def _finish_tables(self) -> None:
+        if self.tables.dirty:
+            self.write_back()
+        else:
+            self.store.barrier()
+
+    def _finish_refcounts(self) -> None:
+        if not self.tables.dirty:
+            self.write_back()
+        # Else the tables on disk are old ones, and counts that went up meanwhile do them no harm.
+        self.refcounts.settle()
+        self.store.barrier()
+
+    def _clean(self) -> None:
         store = self.store
         if self.lazy:
             store.set_dirty(False)

@@ -30,8 +30,8 @@ def preallocate(image: Qcow2, start: int, end: int, mode: str, *, used: bool = F
     if start >= end:
         return
     if mode in ("falloc", "full") and not image.geometry.external:
-        # What the image ended with may hold data.
-        start = min(-(-start >> image.geometry.cluster_bits) << image.geometry.cluster_bits, end)
+        if not _blank(image, start):
+            start = min(-(-start >> image.geometry.cluster_bits) << image.geometry.cluster_bits, end)
         if start < end:
             _in_one_piece(image, start, end, mode, used)
     else:
@@ -41,6 +41,13 @@ def preallocate(image: Qcow2, start: int, end: int, mode: str, *, used: bool = F
         _metadata(image, start, end)
         if image.geometry.external and mode in ("falloc", "full"):
             image.data.reserve(start, end - start, full=mode == "full")
+
+
+def _blank(image: Qcow2, offset: int) -> bool:
+    """Whether nothing is in the guest cluster around *offset*, and nothing shows through."""
+    table = image.tables.get(offset >> image.geometry.guest_bits)
+    index = offset >> image.geometry.cluster_bits & image.geometry.l2_entries - 1
+    return image.backing_reference is None and (table is None or not table.entries[index])
 
 
 def _metadata(image: Qcow2, start: int, end: int) -> None:

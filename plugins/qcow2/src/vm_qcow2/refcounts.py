@@ -14,10 +14,11 @@ from array import array
 from collections import OrderedDict
 
 from vm_core.block.notices import notice
+from vm_core.block.tables import dump, load
 
 from .geometry import MAX_REFTABLE_BYTES, Geometry
-from .header import check_table, human
-from .store import Store, alternate, swap
+from .header import check_table
+from .store import Store, alternate
 
 _CODES = {8: "B", 16: "H", 32: "I", 64: "Q"}
 
@@ -25,7 +26,7 @@ _CODES = {8: "B", 16: "H", 32: "I", 64: "Q"}
 def decode(data: bytes, bits: int) -> array[int]:
     """The counts in a refcount block's bytes."""
     if bits >= 8:
-        return swap(array(_CODES[bits], data))
+        return load(_CODES[bits], data, "big")
     # Bit 0 of the field is the least significant: entry 0 is in a byte's low bits. All bytes at once, as one number.
     spread = bytearray(len(data) * 8 // bits)
     number = int.from_bytes(data, "little")
@@ -39,7 +40,7 @@ def decode(data: bytes, bits: int) -> array[int]:
 def encode(counts: array[int], bits: int) -> bytes:
     """The bytes for whole bytes' worth of counts."""
     if bits >= 8:
-        return swap(counts[:]).tobytes()
+        return dump(counts, "big")
     raw = counts.tobytes()
     per_byte = 8 // bits
     number = 0
@@ -88,18 +89,27 @@ class Refcounts:
         length = store.file.size
         if header.refcount_table_offset >= length and not check and not store.readonly:
             # It would count nothing, and the first allocation would find the header's cluster free.
+            from vm_core.sizes import human
+
             raise store.error(
                 f"refcount table at {header.refcount_table_offset:#x} lies outside the file ({human(length)}); "
                 "check -r all makes a new one"
             )
         # As everywhere, what lies past the end of the file is zero.
-        self.table = swap(array("Q", store.file.pread(header.refcount_table_offset, count * 8)))
+        self.table = load("Q", store.file.pread(header.refcount_table_offset, count * 8), "big")
         #: Table entries that are not on disk yet.
         self.unlinked: set[int] = set()
         self._blocks: OrderedDict[int, RefcountBlock] = OrderedDict()
         self._cache_limit = 4
         self._shift = geometry.refblock_bits
         self._index_mask = geometry.refblock_entries - 1
+        self._watched = store.file.watched
+
+    def _tell_change(self, index: int) -> None:
+        """Tell who watches that a count in block *index* is about to change."""
+        self.store.file.event("refblock_alloc")
+        if self.table[index]:
+            self.store.file.event("refblock_load")
 
     def limit(self, cache_bytes: int) -> None:
         """Keep blocks of about so many bytes in memory."""
@@ -120,7 +130,6 @@ class Refcounts:
             raise self.store.mark_corrupt(
                 f"Refblock offset {alternate(offset)} unaligned (reftable index: {alternate(index)})"
             )
-        self.store.file.event("refblock_load")
         size = self.geometry.cluster_size
         data = self.store.file.pread(offset, size) if offset + size < 1 << 63 else bytes(size)
         return self.insert(index, RefcountBlock(offset, decode(data, self.geometry.refcount_bits)))
@@ -166,6 +175,8 @@ class Refcounts:
         """Whether any of *count* clusters has refcount one. All their blocks are looked at."""
         found = False
         while count:
+            if self._watched:
+                self._tell_change(first >> self._shift)
             block = self.block(first >> self._shift)
             low = first & self._index_mask
             step = min(count, self._index_mask + 1 - low)
@@ -177,6 +188,8 @@ class Refcounts:
     def set_run(self, first: int, count: int, value: int) -> None:
         """Set the counts of *count* clusters. Their blocks exist."""
         while count:
+            if self._watched:
+                self._tell_change(first >> self._shift)
             block = self.block(first >> self._shift)
             assert block is not None
             low = first & self._index_mask
@@ -226,11 +239,11 @@ class Refcounts:
         # Whole 64-byte pieces are whole bytes at any width, and sectors are better written at once.
         grain = min(max(512 * 8 // bits, 1), self.geometry.refblock_entries)
         written = []
-        for block in self._blocks.values():
+        for index, block in self._blocks.items():
             if block.dirty:
                 low = block.low - block.low % grain
                 high = min(-(-block.high // grain) * grain, len(block.counts))
-                self.store.file.event("refblock_update_part")
+                self.store.file.event("refblock_alloc_write" if index in self.unlinked else "refblock_update_part")
                 self.store.write(block.offset + low * bits // 8, encode(block.counts[low:high], bits))
                 written.append(block)
         return written

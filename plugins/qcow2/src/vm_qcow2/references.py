@@ -28,7 +28,7 @@ class References:
         self._pieces: dict[int, array[int]] = {}
         self._none = array(self.code, bytes(PIECE * array(self.code).itemsize))
         # A file without holes needs a counter a cluster; one that claims more points into its holes.
-        clusters = max(store.file.allocated(), 1 << 20) >> geometry.cluster_bits
+        clusters = max(store.file.known_allocated().get("actual-size", 0), 1 << 20) >> geometry.cluster_bits
         self._limit = max(LIMIT_BYTES, 16 * clusters) // (PIECE * self._none.itemsize)
 
     def add(self, first: int, count: int, weight: int = 1) -> list[int]:

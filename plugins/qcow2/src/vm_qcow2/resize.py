@@ -29,22 +29,28 @@ def resize(image: Qcow2, size: int, *, preallocation: str = "off", hide: bool = 
 
     *hide*: a backing image would show through what is gained.
     """
-    store = image.store
-    header = store.header
-    store.check_writable()
-    if size % 512:
-        raise UsageError("The new size must be a multiple of 512")
-    if size == header.size:
+    header = image.header
+    image.store.check_writable()
+    if not check_size(image, size, preallocation):
         return
-    if size < header.size and preallocation != "off":
-        raise UsageError("Preallocation can't be used for shrinking an image")
-    if image.snapshot_table.entries and store.geometry.version < 3:
-        raise UsageError("Can't resize a v2 image which has snapshots")
     with image.bitmap_set.resizing() if image.bitmaps() else nullcontext():
         if size < header.size:
             _shrink(image, size)
         else:
             _grow(image, size, preallocation, hide)
+
+
+def check_size(image: Qcow2, size: int, preallocation: str = "off") -> bool:
+    """Raise UsageError where *image* cannot be made *size* bytes long; returns whether it is not so long yet."""
+    if size % 512:
+        raise UsageError("The new size must be a multiple of 512")
+    if size == image.size:
+        return False
+    if size < image.size and preallocation != "off":
+        raise UsageError("Preallocation can't be used for shrinking an image")
+    if image.snapshot_table.entries and image.geometry.version < 3:
+        raise UsageError("Can't resize a v2 image which has snapshots")
+    return True
 
 
 def _grow(image: Qcow2, size: int, preallocation: str, hide: bool) -> None:
@@ -54,14 +60,7 @@ def _grow(image: Qcow2, size: int, preallocation: str, hide: bool) -> None:
     if image.raw_data and preallocation == "off":
         # Whatever the data file holds there is what the guest reads.
         preallocation = "metadata"
-    entries = store.geometry.l1_entries_for(size)
-    if entries * 8 > MAX_L1_BYTES:
-        limit = (MAX_L1_BYTES // 8) << store.geometry.guest_bits
-        raise UsageError(f"with clusters of {image.cluster_size} bytes a qcow2 image has at most {limit} bytes")
-    if entries > len(image.tables.l1):
-        grow_l1(image, entries)
-    _drop_from(image, header.size)
-    image.order.write_back()
+    prepare_growth(image, size)
     if store.geometry.external:
         image.data.truncate(size)
     if preallocation != "off":
@@ -78,6 +77,19 @@ def _grow(image: Qcow2, size: int, preallocation: str, hide: bool) -> None:
     store.barrier()
 
 
+def prepare_growth(image: Qcow2, size: int) -> None:
+    """See to it that nothing but the header has to say that *image* has *size* bytes, all that it gains unallocated."""
+    store = image.store
+    entries = store.geometry.l1_entries_for(size)
+    if entries * 8 > MAX_L1_BYTES:
+        limit = (MAX_L1_BYTES // 8) << store.geometry.guest_bits
+        raise UsageError(f"with clusters of {image.cluster_size} bytes a qcow2 image has at most {limit} bytes")
+    if entries > len(image.tables.l1):
+        grow_l1(image, entries)
+    _drop_from(image, image.size)
+    image.order.write_back()
+
+
 def _shrink(image: Qcow2, size: int) -> None:
     store = image.store
     unused_blocks(image)
@@ -91,7 +103,7 @@ def _shrink(image: Qcow2, size: int) -> None:
     image.order.write_back()
     if store.geometry.external:
         image.data.truncate(size)
-    _drop_blocks(image)
+    drop_blocks(image, unused_blocks(image))
     trim(image)
 
 
@@ -129,10 +141,9 @@ def unused_blocks(image: Qcow2) -> list[int]:
     return unused
 
 
-def _drop_blocks(image: Qcow2) -> None:
-    """Give back the refcount blocks that count nothing any more, after the table on disk does not name them."""
-    refcounts, bits = image.refcounts, image.geometry.cluster_bits
-    numbers = unused_blocks(image)
+def drop_blocks(image: Qcow2, numbers: list[int]) -> None:
+    """Give back refcount blocks that count nothing but themselves, after the table on disk does not name them."""
+    refcounts, store, bits = image.refcounts, image.store, image.geometry.cluster_bits
     if not numbers:
         return
     clusters = [refcounts.table[number] >> bits for number in numbers]
@@ -148,12 +159,15 @@ def _drop_blocks(image: Qcow2) -> None:
         else:
             image.allocator.lower(cluster)
     refcounts.settle()
+    for cluster in clusters:
+        if not refcounts.get(cluster):
+            store.file.discard(cluster << bits, 1 << bits)
 
 
 def _clear_tail(image: Qcow2, size: int) -> None:
     """Clear what is left of the last cluster beyond *size*, where that needs no other cluster.
 
-    Not every program that makes the image larger again looks after those bytes.
+    Not every program that makes the image larger again looks after those bytes: the peer does not.
     """
     rest = -size % image.cluster_size
     if rest:
@@ -165,21 +179,28 @@ def _clear_tail(image: Qcow2, size: int) -> None:
 def _drop_from(image: Qcow2, size: int, former: int = 0) -> None:
     """Give back every cluster wholly beyond *size*, and the L2 tables of which nothing is left.
 
-    An image that shrinks from *former* bytes gets the L2 table that *size* lies in, where the peer's gets one.
+    An image that shrinks from *former* bytes has every table up to there made first, or copied where it is shared: the
+    peer has them for a moment, and they decide where what is made later lies, and how long the file is.
     """
     geometry, tables = image.geometry, image.tables
     start = -(-size >> geometry.cluster_bits) << geometry.cluster_bits
     limit = len(tables.l1) << geometry.guest_bits
     if start >= limit:
         return
-    border = -(-start >> geometry.guest_bits) << geometry.guest_bits
-    kept = min(former, border) - start
-    if kept > 0:
-        image.writer.drop(start, kept, zero=False, unallocated_too=False, create=True)
-    image.writer.drop(start, limit - start, zero=False, unallocated_too=False)
+    while start < former:
+        # The tables that follow may take what this one gives up.
+        if image.allocator.reusable:
+            image.order.write_back()
+        stop = min(former, (start >> geometry.guest_bits) + 1 << geometry.guest_bits)
+        image.writer.drop(start, stop - start, zero=False, unallocated_too=False, create=True)
+        start = stop
+    if start < limit:
+        image.writer.drop(start, limit - start, zero=False, unallocated_too=False)
+    # What is given up of tables is empty on disk, too, wherever the host does not take the space.
+    image.order.write_back()
     for index in range(geometry.l1_entries_for(size), len(tables.l1)):
         if tables.l1[index]:
-            tables.remove(index)
+            tables.remove(index, requested=True)
 
 
 def grow_l1_for_state(image: Qcow2, end: int) -> None:

@@ -1,8 +1,8 @@
 """L2 tables whose runs are short, handled as a whole.
 
-An image that a guest has used for long has a run for every few clusters, and a run costs as much as hundreds of entries.
-What a check wants to know of such a table – which clusters it points at, how often it jumps, which bits are set – needs
-no runs: sorted, the entries of most tables are a few long ones again.
+An image that a guest has used for long has a run for every few clusters, and a run costs as much as hundreds of
+entries. What a check wants to know of such a table – which clusters it points at, how often it jumps, which bits are
+set – needs no runs: sorted, the entries of most tables are a few long ones again.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import errno
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from vm_core.errors import BlockError
 from .entries import BadEntryError, Run, State, runs
 from .geometry import COPIED, MAX_REFTABLE_BYTES, OFFSET_MASK
 from .overlap import ACTIVE_L2, INACTIVE_L2
+from .store import alternate
 
 if TYPE_CHECKING:
     from .image import Qcow2
@@ -41,16 +43,20 @@ class Tree:
 
     # Counting
 
-    def count(self, delta: int) -> list[tuple[int, int]]:
+    def count(
+        self, delta: int, first: int = 0, stop: int | None = None, *, tables: bool = True
+    ) -> list[tuple[int, int]]:
         """Add *delta* (1 or -1) to the refcount of each L2 table and cluster; returns runs that are free now.
 
-        Counting up is undone where it fails half way. Raises BlockError.
+        Of guest clusters, only those from *first* to before *stop*; of *tables*, all or none. Counting up is undone
+        where it fails half way. Raises BlockError.
         """
+        part = partial(self._spans, first, len(self.l1) << self.geometry.l2_bits if stop is None else stop, tables)
         freed: list[tuple[int, int]] = []
         done = 0
         try:
-            for first, clusters in self._spans():
-                for start, length in self._shift(first, clusters, delta):
+            for cluster, clusters in part():
+                for start, length in self._shift(cluster, clusters, delta):
                     if freed and sum(freed[-1]) == start:
                         freed[-1] = (freed[-1][0], freed[-1][1] + length)
                     else:
@@ -61,16 +67,19 @@ class Tree:
                     self.refcounts.trim()
         except BaseException:
             if delta > 0:
-                for first, clusters in islice(self._spans(), done):
-                    self._shift(first, clusters, -delta)
+                for cluster, clusters in islice(part(), done):
+                    self._shift(cluster, clusters, -delta)
             raise
         return freed
 
-    def _spans(self) -> Iterator[tuple[int, int]]:
-        """(first, count) of all clusters below the L1 table, each within one refcount block."""
+    def _spans(self, low: int, high: int, tables: bool) -> Iterator[tuple[int, int]]:
+        """(first, count) of the clusters below the L1 table, each within one refcount block; see :meth:`count`."""
         bits, mask = self.geometry.cluster_bits, self.geometry.refblock_entries - 1
-        for index, offset in self._tables():
-            for run in self._runs(self._table(index, offset)):
+        entries = self.geometry.l2_entries
+        for index, offset in self._tables(low >> self.geometry.l2_bits, -(-high >> self.geometry.l2_bits)):
+            base = index << self.geometry.l2_bits
+            start, stop = max(low - base, 0), min(high - base, entries)
+            for run in self._runs(self._table(index, offset), start, stop) if start < stop else ():
                 if run.state is State.COMPRESSED:
                     start, length = self.geometry.compressed_extent(run.entry)
                     first, count = start >> bits, (start + length - 1 >> bits) - (start >> bits) + 1
@@ -81,14 +90,15 @@ class Tree:
                     yield first, step
                     first += step
                     count -= step
-            yield offset >> bits, 1
+            if tables:
+                yield offset >> bits, 1
 
-    def _tables(self) -> Iterator[tuple[int, int]]:
-        """Number and offset of each L2 table."""
-        for index, entry in enumerate(self.l1):
+    def _tables(self, first: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
+        """Number and offset of each L2 table from number *first* to before *stop*."""
+        for index, entry in enumerate(self.l1[first:stop], first):
             offset = entry & OFFSET_MASK
             if offset & self.geometry.cluster_size - 1:
-                raise self.store.mark_corrupt(f"L2 table offset {offset:#x} unaligned (L1 index: {index:#x})")
+                raise self.store.mark_corrupt(f"L2 table offset {offset:#x} unaligned (L1 index: {alternate(index)})")
             known = self.image.metadata.find(offset >> self.geometry.cluster_bits, 1) if offset else None
             if known is not None and known[1] not in (ACTIVE_L2, INACTIVE_L2):
                 raise self.store.mark_corrupt(f"Preventing invalid write on metadata (overlaps with {known[1]})")
@@ -103,13 +113,12 @@ class Tree:
             return table
         return self.image.tables.read(offset, f"L2 table {index} of a snapshot")
 
-    def _runs(self, table: L2Table) -> Iterator[Run]:
-        """The runs with host clusters."""
+    def _runs(self, table: L2Table, position: int, stop: int) -> Iterator[Run]:
+        """The runs with host clusters among the entries from *position* to before *stop*."""
         entries = table.entries
-        position = 0
-        while position < len(entries):
+        while position < stop:
             try:
-                for run in runs(entries, position, len(entries), self.geometry):
+                for run in runs(entries, position, stop, self.geometry):
                     if run.placed or run.state is State.COMPRESSED:
                         yield run
                 return
@@ -154,11 +163,12 @@ class Tree:
 
     # The bits that go with the counts
 
-    def mark(self, *, passing: set[int] | None = None) -> bool:
+    def mark(self, *, passing: set[int] | None = None, shared: bool = False) -> bool:
         """Set the COPIED bits by the refcounts; returns whether the L1 table was changed.
 
         Changes of active L2 tables are left in the cache, those of others are written (not flushed). Tables that are
-        free by now are passed over, and those at the offsets *passing* are left as they are.
+        free by now are passed over, and those at the offsets *passing* are left as they are. *shared*: take all bits
+        away, since each count is about to go up.
         """
         bits = self.geometry.cluster_bits
         changed_l1 = False
@@ -166,26 +176,29 @@ class Tree:
             count = self.refcounts.get(offset >> bits)
             if not count:
                 continue
-            entry = self.l1[index] & ~COPIED | (COPIED if count == 1 else 0)
+            entry = self.l1[index] & ~COPIED | (COPIED if count == 1 and not shared else 0)
             if entry != self.l1[index]:
                 self.l1[index] = entry
                 changed_l1 = True
                 if self.active:
                     self.image.tables.changed.add(index)
             if passing is None or offset not in passing:
-                self._mark_table(index, offset)
+                self._mark_table(index, offset, shared)
             if self.active:
                 self.image.order.relieve()
         return changed_l1
 
-    def _mark_table(self, index: int, offset: int) -> None:
+    def _mark_table(self, index: int, offset: int, shared: bool) -> None:
         table = self._table(index, offset)
         entries = table.entries
         low, high = len(entries), 0
-        for run in list(self._runs(table)):
+        for run in list(self._runs(table, 0, len(entries))):
             if run.state is State.COMPRESSED:
                 continue
-            for at, count, one in self._equal(run.host >> self.geometry.cluster_bits, run.clusters):
+            alike: Iterable[tuple[int, int, bool]] = ((0, run.clusters, False),)
+            if not shared:
+                alike = self._equal(run.host >> self.geometry.cluster_bits, run.clusters)
+            for at, count, one in alike:
                 if one == run.copied:
                     continue
                 start, stop = run.at + at, run.at + at + count

@@ -1,16 +1,18 @@
 """Taking, applying, deleting and loading internal snapshots.
 
-The order on disk. At every instant the active tables and each snapshot that the header's table lists are whole, and no
-cluster that two of them use has the bit COPIED; a power cut costs clusters that are counted too often, and bits COPIED
-that contradict such counts, nothing else.
+The order on disk. At every instant the guest's disk is what it was or what it will be, each snapshot that the header's
+table lists is whole, and no active table has the bit COPIED for what is counted more than once: whoever writes to an
+image that a power cut left so does not reach into a snapshot. What a power cut can leave are clusters that are counted
+too often, and bits COPIED that are missing.
 
-* *Taking*: a copy of the L1 table and the higher counts are stable; then the COPIED bits of the active tables are
-  cleared; then a new snapshot table is stable; then the header points at it; then the former table is given back.
+* *Taking*: the COPIED bits of the active tables are cleared; then a copy of the L1 table (with the bits, as the peer
+  has it) and the higher counts are stable; then a new snapshot table; then the header points at it; then the former
+  table is given back.
 * *Applying*: the higher counts of the snapshot's clusters are stable, and the COPIED bits of its tables are cleared;
-  then its L1 entries become the active ones (:func:`_replace_l1`); then the former active ones are counted down, and
-  the COPIED bits set where nobody shares any more.
-* *Deleting*: a table without the snapshot is stable, then the header points at it; what only the snapshot used is
-  given back after that.
+  then its L1 entries become the active ones, and its size the image's (:func:`_replace_l1`); then the former active
+  ones are counted down, and the COPIED bits set where nobody shares any more.
+* *Deleting*: a table without the snapshot is stable, then the header points at it; then what only the snapshot used is
+  given back; then the COPIED bits are set where nobody shares any more.
 """
 
 from __future__ import annotations
@@ -18,14 +20,16 @@ from __future__ import annotations
 import errno
 import time
 from array import array
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from vm_core.block.notices import notice
 from vm_core.errors import BlockError, ImageError, UsageError
 
+from .emptying import last_used, trim
 from .geometry import COPIED, MAX_SNAPSHOTS, OFFSET_MASK
 from .overlap import ACTIVE_L1, ACTIVE_L2, INACTIVE_L1
-from .resize import grow_l1, resize
+from .resize import check_size, drop_blocks, grow_l1, prepare_growth, unused_blocks
 from .sharing import Tree
 from .snapshots import (
     LISTED_NAME,
@@ -70,19 +74,21 @@ def create(image: Qcow2, name: str) -> None:
         0,
     )
     tree = Tree(image, tables.l1, active=True)
+    copy = tables.l1[:]
     counted = False
     try:
+        tree.mark(shared=True)
+        _settle(image)
         if count:
-            store.write_words(first << bits, tables.l1)
+            store.write_words(first << bits, copy)
         tree.count(1)
         counted = True
         _settle(image)
-        tree.mark()
-        _settle(image)
         table = prepare_snapshots(image, [*entries, snapshot])
     except BaseException:
-        if counted:
-            tree.count(-1)
+        with suppress(OSError):
+            if counted:
+                tree.count(-1)
             tree.mark()
         if count:
             discard_table(image, first, count)
@@ -125,9 +131,11 @@ def delete(image: Qcow2, name: str | None, id: str | None) -> None:
 
 def apply(image: Qcow2, name: str) -> None:
     """Go back to the snapshot of this id, or else of this name. Raises ImageError, BlockError."""
-    _check(image)
     if image.bitmaps():
         raise ImageError(image.store.name, "Device has active dirty bitmaps")
+    if image.has_data_file:
+        raise _load_error(image, BlockError.of(errno.EOPNOTSUPP))
+    _check(image)
     table = image.snapshot_table
     snapshot = table.by_id(name) or table.by_name(name)
     if snapshot is None:
@@ -145,8 +153,11 @@ def apply(image: Qcow2, name: str) -> None:
 
 def _apply(image: Qcow2, snapshot: Snapshot) -> None:
     store, tables = image.store, image.tables
-    if snapshot.disk_size != image.size:
-        resize(image, snapshot.disk_size)
+    size, former_size = snapshot.disk_size, image.size
+    if check_size(image, size) and size > former_size:
+        prepare_growth(image, size)
+    elif size < former_size:
+        unused_blocks(image)  # raises where they make no sense
     if snapshot.head.l1_size > len(tables.l1):
         grow_l1(image, snapshot.head.l1_size)
     _settle(image)
@@ -163,9 +174,13 @@ def _apply(image: Qcow2, snapshot: Snapshot) -> None:
     store.barrier()
     former = tables.l1
     new = own + array("Q", bytes(8 * (len(former) - len(own))))
-    _replace_l1(image, new)
+    _replace_l1(image, new, size)
     tables.replace(new)
-    _give_back(image, [], _count_down(image, former))
+    if size < former_size:
+        former, spare = _shrink_away(image, former, size, former_size)
+        _give_back(image, [(cluster, 1) for cluster in spare], _count_down(image, former, size))
+    else:
+        _give_back(image, [], _count_down(image, former))
     Tree(image, tables.l1, active=True).mark()
     _settle(image)
 
@@ -223,12 +238,49 @@ def _read_l1(image: Qcow2, snapshot: Snapshot) -> array[int]:
     return image.store.read_words(head.l1_table_offset, head.l1_size, _L1_KIND)
 
 
-def _count_down(image: Qcow2, l1: array[int]) -> list[tuple[int, int]]:
-    """Count what is below *l1*, which nothing on disk uses any more, once less; returns the runs that are free now."""
+def _shrink_away(image: Qcow2, l1: array[int], size: int, former: int) -> tuple[array[int], list[int]]:
+    """Count down what lies beyond *size* below *l1*, which nothing on disk uses any more and was of *former* bytes.
+
+    Returns what is left of *l1*, and clusters that have to be given back with that.
+
+    The peer shrinks the image before it does anything else. The tables that it makes for that, and the refcount blocks
+    that it gives up, decide which refcount blocks there are in the end: so the same clusters are taken for a moment.
+    """
+    geometry, allocator, bits = image.geometry, image.allocator, image.geometry.cluster_bits
+    position, stop = -(-size >> bits), -(-former >> bits)
+    kept = geometry.l1_entries_for(size)
+    tree = Tree(image, l1, active=False)
+    spare: list[int] = []
+    gone = [(entry & OFFSET_MASK) >> bits for entry in l1[kept:] if entry & OFFSET_MASK]
+    while position < stop:
+        index = position >> geometry.l2_bits
+        after = min(stop, index + 1 << geometry.l2_bits)
+        if not l1[index] & COPIED:
+            made = allocator.allocate_metadata(1, ACTIVE_L2)
+            (spare if index < kept else gone).append(made)
+        # One table at a time: what it gives up may be where the next one lies.
+        _give_back(image, [], tree.count(-1, position, after, tables=False))
+        position = after
+    freed = tree.count(-1, stop, tables=False)
+    for cluster in gone:
+        for free in image.refcounts.decrement(cluster, 1):
+            image.metadata.remove(free, 1)
+            freed.append((free, 1))
+    _give_back(image, [], freed)
+    drop_blocks(image, unused_blocks(image))
+    trim(image)
+    return l1[:kept], spare
+
+
+def _count_down(image: Qcow2, l1: array[int], size: int | None = None) -> list[tuple[int, int]]:
+    """Count what is below *l1*, which nothing on disk uses any more, once less; returns the runs that are free now.
+
+    What lies beyond *size* was counted before.
+    """
     store, bits = image.store, image.geometry.cluster_bits
     store.file.event("cluster_free")
     tree = Tree(image, l1, active=False)
-    freed = tree.count(-1)
+    freed = tree.count(-1, stop=None if size is None else -(-size >> bits))
     active = {entry & OFFSET_MASK for entry in image.tables.l1}
     tree.mark(passing=active)
     for entry in l1:
@@ -268,23 +320,30 @@ def _joined(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return joined
 
 
-def _replace_l1(image: Qcow2, new: array[int]) -> None:
-    """Make *new* the active L1 table on disk, in the place of the one that is there; a power cut leaves old or new.
+def _replace_l1(image: Qcow2, new: array[int], size: int) -> None:
+    """Make *new* the active L1 table on disk, in the place of the one that is there, and *size* the image's.
 
-    Where they differ in more than one sector, a copy elsewhere is the active one meanwhile.
+    A power cut leaves both as they were or as they will be. Where that takes more than one sector, a copy of the table
+    elsewhere is the active one meanwhile.
     """
-    store, header, bits = image.store, image.store.header, image.geometry.cluster_bits
+    store, header = image.store, image.header
     old = image.tables.l1
     sectors = [at for at in range(0, len(new), 64) if new[at : at + 64] != old[at : at + 64]]
-    if not sectors:
-        return
-    place = header.l1_table_offset
-    if len(sectors) == 1:
-        store.write_words(place, new, sectors[0], min(sectors[0] + 64, len(new)))
-        store.barrier()
-        return
-    end = store.file.size
+    if sectors and (len(sectors) > 1 or size != header.size):
+        _replace_through_copy(image, new, size)
+    elif sectors:
+        store.write_words(header.l1_table_offset, new, sectors[0], min(sectors[0] + 64, len(new)))
+    elif size != header.size:
+        header.size = size
+        store.write_header("size")
+    store.barrier()
+
+
+def _replace_through_copy(image: Qcow2, new: array[int], size: int) -> None:
+    store, header, bits = image.store, image.header, image.geometry.cluster_bits
+    place, end = header.l1_table_offset, store.file.size
     count = -(-len(new) * 8 >> bits)
+    blocks = {number for number, entry in enumerate(image.refcounts.table) if entry}
     first = image.allocator.allocate_metadata(count, ACTIVE_L1)
     try:
         store.write_words(first << bits, new)
@@ -293,17 +352,25 @@ def _replace_l1(image: Qcow2, new: array[int]) -> None:
     except BaseException:
         discard_table(image, first, count)
         raise
-    header.l1_table_offset = first << bits
-    store.write_header("l1_table_offset")
-    store.barrier()
-    store.write_words(place, new)
-    store.barrier()
-    header.l1_table_offset = place
-    store.write_header("l1_table_offset")
-    store.barrier()
+    try:
+        header.size, header.l1_table_offset = size, first << bits
+        store.write_header("size", "l1_table_offset")
+        store.barrier()
+        store.write_words(place, new)
+        store.barrier()
+        header.l1_table_offset = place
+        store.write_header("l1_table_offset")
+        store.barrier()
+    except BaseException:
+        # Nobody knows which of the two tables is the active one.
+        store.corrupt = True
+        raise
     discard_table(image, first, count)
     image.refcounts.settle()
-    if first << bits >= end:
+    # Nothing of this is left: the peer does without.
+    if len(blocks) < sum(1 for entry in image.refcounts.table if entry):
+        drop_blocks(image, [number for number in unused_blocks(image) if number not in blocks])
+    if last_used(image) << bits < end < store.file.size:
         store.file.truncate(end)
         image.allocator.fresh_from = min(image.allocator.fresh_from, -(-end >> bits))
 

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import errno
-import sys
 from array import array
 
 from vm_core.block.node import Node
 from vm_core.block.notices import notice
+from vm_core.block.tables import dump, load
 from vm_core.errors import BlockError, ImageError
 
 from .features import CORRUPT, DIRTY
 from .geometry import Geometry
-from .header import Header, human
-
-
-def swap(words: array[int]) -> array[int]:
-    """Between the disk's big-endian order and the host's, in place."""
-    if sys.byteorder == "little":
-        words.byteswap()
-    return words
+from .header import Header
 
 
 class Store:
@@ -51,6 +44,8 @@ class Store:
             raise self.error(f"{what} at {offset:#x} is not aligned to clusters of {self.geometry.cluster_size} bytes")
         size = self.file.size
         if offset + length > size:
+            from vm_core.sizes import human
+
             raise self.error(f"{what} at {offset:#x} lies outside the file ({human(size)})")
 
     def read(self, offset: int, length: int, what: str) -> bytes:
@@ -60,7 +55,7 @@ class Store:
 
     def read_words(self, offset: int, count: int, what: str) -> array[int]:
         """A table of 64-bit entries, in the host's byte order."""
-        return swap(array("Q", self.read(offset, count * 8, what)))
+        return load("Q", self.read(offset, count * 8, what), "big")
 
     # Writing
 
@@ -72,7 +67,7 @@ class Store:
     def write_words(self, offset: int, words: array[int], start: int = 0, stop: int | None = None) -> None:
         """Write the entries from *start* to *stop* of the table of 64-bit entries at *offset*."""
         piece = words[start:stop]
-        self.write(offset + start * 8, swap(piece).tobytes())
+        self.write(offset + start * 8, dump(piece, "big"))
 
     def barrier(self) -> None:
         """Return when everything written so far is stable."""

@@ -10,11 +10,14 @@ from array import array
 from collections import OrderedDict
 from time import monotonic
 
+from vm_core.block.tables import load
+from vm_core.errors import BlockError
+
 from .allocator import Allocator
 from .geometry import COPIED, MAX_L1_BYTES, OFFSET_MASK
 from .header import check_table
 from .overlap import ACTIVE_L2
-from .store import Store, alternate, swap
+from .store import Store, alternate
 
 MAX_INT = (1 << 31) - 1
 
@@ -113,6 +116,10 @@ class Tables:
         """The table, if it is in memory."""
         return self._cache.get(index)
 
+    def unaligned(self, index: int, offset: int) -> BlockError:
+        """L1 entry *index* points between clusters: mark the image as corrupt; returns the error to raise."""
+        return self.store.mark_corrupt(f"L2 table offset {alternate(offset)} unaligned (L1 index: {alternate(index)})")
+
     def get(self, index: int) -> L2Table | None:
         """The L2 table of L1 entry *index*, to be read; None where there is none. Raises ImageError."""
         table = self._cache.get(index)
@@ -130,9 +137,7 @@ class Tables:
         if not offset:
             return None
         if offset & self.geometry.cluster_size - 1:
-            raise self.store.mark_corrupt(
-                f"L2 table offset {alternate(offset)} unaligned (L1 index: {alternate(index)})"
-            )
+            raise self.unaligned(index, offset)
         self.store.file.event("l2_load")
         return self._insert(index, self.read(offset, f"L2 table {index}"))
 
@@ -141,7 +146,7 @@ class Tables:
         file, size = self.store.file, self.geometry.cluster_size
         # The file may end in the middle of its last cluster.
         self.store.check_range(offset, 1, what)
-        words = swap(array("Q", file.pread(offset, size)))
+        words = load("Q", file.pread(offset, size), "big")
         return L2Table.of_words(offset, words, linked=True, extended=self.geometry.extended)
 
     def _insert(self, index: int, table: L2Table) -> L2Table:
@@ -160,10 +165,10 @@ class Tables:
             return table
         allocator = self.allocator
         assert allocator is not None
-        self.store.file.event("l2_alloc_write")
         cluster = allocator.allocate_metadata(1, ACTIVE_L2)
         if self.settle_new:
             allocator.refcounts.settle()
+        self.store.file.event("l2_alloc_write")
         offset = cluster << self.geometry.cluster_bits
         if table is None:
             empty = array("Q", bytes(self.geometry.cluster_size))
@@ -238,11 +243,14 @@ class Tables:
             else:
                 return
 
-    def remove(self, index: int) -> None:
-        """Take away the L2 table of L1 entry *index*, which holds nothing any more."""
+    def remove(self, index: int, *, requested: bool = False) -> None:
+        """Take away the L2 table of L1 entry *index*, which holds nothing any more.
+
+        *requested*: the host may have its space.
+        """
         assert self.allocator is not None
         offset = self.l1[index] & OFFSET_MASK
         self.l1[index] = 0
         self.changed.add(index)
         self._cache.pop(index, None)
-        self.allocator.free(offset >> self.geometry.cluster_bits, 1)
+        self.allocator.free(offset >> self.geometry.cluster_bits, 1, requested=requested)
