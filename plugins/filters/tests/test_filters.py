@@ -197,9 +197,7 @@ QUORUM_NAME = "json:" + json.dumps(
 
 @pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img is missing: apt-get install qemu-utils")
 @pytest.mark.parametrize("name", ["blkverify:a:b", QUORUM_NAME], ids=["blkverify", "quorum"])
-@pytest.mark.parametrize(
-    "words", ["convert -O raw {} o", "compare {} a", "info {}", "bench -c 6 -s 65536 {}"]
-)
+@pytest.mark.parametrize("words", ["convert -O raw {} o", "compare {} a", "info {}", "bench -c 6 -s 65536 {}"])
 def test_the_tools_end_like_the_peers(words: str, name: str, tmp_path: Path) -> None:
     """vm-img says what qemu-img does, without its own name before it, and exits with the same status."""
     if words.startswith("bench") and name != QUORUM_NAME:

@@ -85,16 +85,6 @@ def test_7zip_reads_the_same(tmp_path: Path) -> None:
     assert read_by_7zip(tmp_path / "child.vhdx") == data
 
 
-def test_writing_is_refused(tmp_path: Path) -> None:
-    """By name; where read-only will do it is read-only."""
-    data = chain(tmp_path)
-    with pytest.raises(ImageError, match="differencing VHDX images can only be read"):
-        open_node(str(tmp_path / "child.vhdx"), readonly=False)
-    with open_node(str(tmp_path / "child.vhdx"), readonly=False, auto_readonly=True) as node:
-        assert node.readonly
-        assert node.pread(0, 100) == data[:100]
-
-
 @pytest.mark.parametrize(
     "locator",
     [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import zlib
 from array import array
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vm_core.block.format import Format
 from vm_core.block.mapping import Kind, Mapping
 from vm_core.block.structs import Record, u32
+from vm_core.block.tables import load
 from vm_core.errors import BlockError, ImageError
 
 if TYPE_CHECKING:
@@ -65,9 +65,7 @@ class Cloop(Format):
             raise bad("image requires too many offsets, try increasing block size")
         if Header.LENGTH + length > file.size:
             raise bad(f"the table of {count + 1} offsets does not fit the file ({file.size} bytes)")
-        offsets = array("Q", file.pread(Header.LENGTH, length))
-        if sys.byteorder == "little":
-            offsets.byteswap()
+        offsets = load("Q", file.pread(Header.LENGTH, length), "big")
         largest = 2 * block  # zlib never expands by more than a thousandth
         for index in range(1, count + 1):
             if offsets[index] < offsets[index - 1]:

@@ -1,4 +1,4 @@
-"""New images, dynamic and static."""
+"""New images, dynamic, static and differencing."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from vm_core.errors import UsageError
 
 from .header import (
     BLOCK_SIZE,
+    DIFFERENCING,
     DYNAMIC,
     MAX_DISK_SIZE,
+    NO_UUID,
     SECTOR,
     SIGNATURE,
     STATIC,
@@ -35,13 +37,24 @@ def create(file: Node, size: int, options: dict[str, Any]) -> None:
     if size > MAX_DISK_SIZE:
         raise UsageError(f"Unsupported VDI image size (size is {size:#x}, max supported is {MAX_DISK_SIZE:#x})")
     size = -(-size // SECTOR) * SECTOR
+    backing, _ = options.pop("backing_file", None), options.pop("backing_fmt", None)
+    link = parent = NO_UUID
+    if backing:
+        if static:
+            raise UsageError("static: an image with a backing file is a differencing one, which grows")
+        from .parents import look_at
+
+        below, whole = look_at(backing, file.filename)
+        if size < whole:
+            raise UsageError(f"'{backing}' has {whole} bytes: a VDI image is no smaller than the one below it")
+        link, parent = below.uuid_image, below.uuid_last_snap
     count = -(-size // BLOCK_SIZE)
     header = Header(
         text=_TEXT,
         signature=SIGNATURE,
         version=VERSION_1_1,
         header_size=_HEADER_SIZE,
-        image_type=STATIC if static else DYNAMIC,
+        image_type=STATIC if static else DIFFERENCING if backing else DYNAMIC,
         offset_bmap=SECTOR,
         offset_data=SECTOR + -(-4 * count // SECTOR) * SECTOR,
         sector_size=SECTOR,
@@ -51,12 +64,16 @@ def create(file: Node, size: int, options: dict[str, Any]) -> None:
         blocks_allocated=count if static else 0,
         uuid_image=_new_uuid(),
         uuid_last_snap=_new_uuid(),
+        uuid_link=link,
+        uuid_parent=parent,
     )
     for first in range(0, count, _STEP):
         some = min(_STEP, count - first)
         entries = array("I", range(first, first + some)) if static else array("I", (UNALLOCATED,)) * some
         file.pwrite(SECTOR + 4 * first, dump(entries, "little"))
     file.truncate(header.offset_data + (count * BLOCK_SIZE if static else 0))
+    if backing:
+        file.flush()
     # The header last: before it is there, this is no image at all.
     file.pwrite(0, header.pack().ljust(SECTOR, b"\0"))
     file.flush()

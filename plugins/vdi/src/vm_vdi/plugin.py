@@ -7,6 +7,10 @@ from vm_core.hookspecs import hookimpl
 
 _CREATE_OPTIONS = (
     Option("size", "size", "Virtual disk size"),
+    Option(
+        "backing_file", "str", "File name of the parent, a VDI image: the new one is a differencing image", ours=True
+    ),
+    Option("backing_fmt", "enum", "Format of the parent: vdi", choices=("vdi",), ours=True),
     Option("static", "bool", "VDI static (pre-allocated) image", default=False),
 )
 

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
+
+from vm_core.block.node import Node
+
+from .log import SECTOR
+
+#: Sectors of bitmaps that are kept although they are on disk as they are.
+KEPT = 1024
 
 
 def runs(bitmap: bytes, first: int, stop: int) -> Iterator[tuple[bool, int, int]]:
@@ -16,3 +24,64 @@ def runs(bitmap: bytes, first: int, stop: int) -> Iterator[tuple[bool, int, int]
         after = stop if change < 0 else min(stop, change)
         yield bit, position, after - position
         position = after
+
+
+class Bitmaps:
+    """The bitmaps of one image, in sectors of 4 KiB by their position in the file, read when first asked for."""
+
+    def __init__(self, file: Node) -> None:
+        self._file = file
+        self._kept: OrderedDict[int, bytearray] = OrderedDict()
+        self._dirty: set[int] = set()
+
+    def read(self, start: int, length: int) -> bytes:
+        """The bytes of bitmaps at *start* in the file."""
+        first, end = start // SECTOR * SECTOR, start + length
+        pieces = [self._sector(at) for at in range(first, end, SECTOR)]
+        return b"".join(pieces)[start - first : end - first]
+
+    def cached(self, start: int, length: int) -> bool:
+        """Whether :meth:`read` needs no reading."""
+        return all(at in self._kept for at in range(start // SECTOR * SECTOR, start + length, SECTOR))
+
+    def _sector(self, at: int) -> bytearray:
+        found = self._kept.get(at)
+        if found is None:
+            found = self._kept[at] = bytearray(self._file.pread(at, SECTOR))
+            if len(self._kept) > KEPT and not self._dirty:
+                self._kept.popitem(last=False)
+        return found
+
+    def clear(self, start: int, length: int) -> None:
+        """No sector is in this image of those that the bytes at *start* tell about."""
+        self._change(start, bytes(length))
+
+    def mark(self, start: int, first: int, count: int) -> None:
+        """*count* sectors are in this image, those from bit *first* on of the bitmap at *start*."""
+        at, after = first // 8, -(-(first + count) // 8)
+        bits = int.from_bytes(self.read(start + at, after - at), "little")
+        bits |= ((1 << count) - 1) << (first - at * 8)
+        self._change(start + at, bits.to_bytes(after - at, "little"))
+
+    def _change(self, start: int, data: bytes) -> None:
+        done = 0
+        while done < len(data):
+            sector, within = divmod(start + done, SECTOR)
+            some = min(SECTOR - within, len(data) - done)
+            self._sector(sector * SECTOR)[within : within + some] = data[done : done + some]
+            self._dirty.add(sector * SECTOR)
+            done += some
+
+    @property
+    def dirty(self) -> bool:
+        return bool(self._dirty)
+
+    def pending(self) -> list[tuple[int, bytes]]:
+        """The sectors that have to be written, as (offset, contents)."""
+        return [(at, bytes(self._kept[at])) for at in sorted(self._dirty)]
+
+    def clean(self) -> None:
+        """All of that is on disk."""
+        self._dirty.clear()
+        while len(self._kept) > KEPT:
+            self._kept.popitem(last=False)

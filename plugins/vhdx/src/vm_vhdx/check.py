@@ -35,6 +35,10 @@ def check(image: Vhdx) -> dict[str, Any]:
         errors += 1
         if len(messages) < _MOST:
             messages.append(f"ERROR: block {block} at {host:#x} lies on block {other}")
+    for text in table.misplaced(image.regions, image.file.size) if image.metadata.has_parent and not errors else ():
+        errors += 1
+        if len(messages) < _MOST:
+            messages.append(f"ERROR: {text}")
     found: dict[str, Any] = {"check-errors": 0, "reports": reports, "messages": messages}
     if errors:
         found["corruptions"] = errors

@@ -1,10 +1,10 @@
-"""New images, dynamic and fixed."""
+"""New images, dynamic, fixed and differencing."""
 
 from __future__ import annotations
 
 import os
 from array import array
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vm_core.block.crc32c import crc32c
 from vm_core.block.node import Node
@@ -13,8 +13,11 @@ from vm_core.errors import UsageError
 
 from . import guids, metadata, regions
 from .headers import KIB, MIB, PLACES, SIGNATURE, Header
-from .metadata import IS_REQUIRED, IS_VIRTUAL_DISK, LEAVE_ALLOCATED, MAX_BLOCK, MAX_DISK_SIZE, MIN_BLOCK
-from .table import FULLY_PRESENT, ZERO
+from .metadata import HAS_PARENT, IS_REQUIRED, IS_VIRTUAL_DISK, LEAVE_ALLOCATED, MAX_BLOCK, MAX_DISK_SIZE, MIN_BLOCK
+from .table import FULLY_PRESENT, ZERO, entry_count
+
+if TYPE_CHECKING:
+    from .overlay import Parent
 
 _CREATOR = "vm-vhdx"
 _SECTOR = 512
@@ -37,6 +40,18 @@ def create(file: Node, size: int, options: dict[str, Any]) -> None:
         raise UsageError(f"Parameter 'subformat' does not accept value '{kind}'")
     if size > MAX_DISK_SIZE:
         raise UsageError("Image size too large; max of 64TB")
+    backing, _ = options.pop("backing_file", None), options.pop("backing_fmt", None)
+    parent: Parent | None = None
+    if backing:
+        if kind == "fixed":
+            raise UsageError("subformat=fixed: an image with a backing file is a differencing one, which grows")
+        if zero:
+            raise UsageError("block_state_zero=on: blocks of zeroes would hide the backing file")
+        from .overlay import look_at
+
+        parent, zero = look_at(backing, file.filename, size), False
+    sector = _SECTOR if parent is None else parent.sector_size
+    size = -(-size // sector) * sector
     log_length = MIB if log_length is None else -(-log_length // MIB) * MIB
     if log_length >= 1 << 32:
         raise UsageError("Log size must be smaller than 4 GB")
@@ -49,9 +64,9 @@ def create(file: Node, size: int, options: dict[str, Any]) -> None:
         raise UsageError("Block size must be a power of two")
 
     blocks = -(-size // block)
-    ratio = (1 << 23) * _SECTOR // block
+    ratio = (1 << 23) * sector // block
     # For a disk of no size this is what 32 bits make of it, here as in QEMU.
-    count = blocks + (blocks - 1 & 0xFFFFFFFF) // ratio
+    count = blocks + (blocks - 1 & 0xFFFFFFFF) // ratio if parent is None else entry_count(blocks, ratio, True)
     bat = regions.Region("block allocation table", MIB + log_length, max(-(-8 * count // MIB), 1) * MIB)
     where = regions.Region("metadata", bat.end, MIB)
     data = where.end + _GAP
@@ -59,8 +74,10 @@ def create(file: Node, size: int, options: dict[str, Any]) -> None:
     file.truncate(data + (size if kind == "fixed" else 0))
     # As with QEMU, blocks of a fixed image are in place from the start only with block_state_zero=off.
     _write_table(file, bat, blocks, ratio, block, data, kind == "fixed", zero is None or bool(zero))
-    file.pwrite(where.offset, _metadata_table())
-    file.pwrite(where.offset + metadata.TABLE_LENGTH, _items(block, size, kind == "fixed"))
+    flags = LEAVE_ALLOCATED if kind == "fixed" else HAS_PARENT if parent is not None else 0
+    locator = b"" if parent is None else metadata.build_locator(parent.locator)
+    file.pwrite(where.offset, _metadata_table(len(locator)))
+    file.pwrite(where.offset + metadata.TABLE_LENGTH, _items(block, size, flags, sector) + locator)
     table = _region_table(bat, where)
     for place in regions.PLACES:
         file.pwrite(place, table)
@@ -74,6 +91,8 @@ def create(file: Node, size: int, options: dict[str, Any]) -> None:
     for place in PLACES:
         file.pwrite(place, header.seal())
         header.sequence += 1
+    if parent is not None:
+        file.flush()
     # The file's type last: before it is there, this is no image at all.
     file.pwrite(0, (SIGNATURE + _CREATOR.encode("utf-16-le")).ljust(64 * KIB, b"\0"))
     file.flush()
@@ -118,17 +137,21 @@ _ITEMS = (
 )
 
 
-def _metadata_table() -> bytes:
-    head = b"metadata" + bytes(2) + len(_ITEMS).to_bytes(2, "little")
+def _metadata_table(locator: int) -> bytes:
+    """The table of the items, the last of which is a parent locator of so many bytes, if it is there."""
+    items = list(_ITEMS)
+    if locator:
+        items.append((guids.PARENT_LOCATOR, locator, IS_REQUIRED))
+    head = b"metadata" + bytes(2) + len(items).to_bytes(2, "little")
     entries, offset = [], metadata.TABLE_LENGTH
-    for guid, length, flags in _ITEMS:
+    for guid, length, flags in items:
         entry = metadata.Entry(guid=guid, offset=offset, length=length, flags=flags)
         entries.append(entry.pack())
         offset += length
     return head.ljust(metadata.HEADER_LENGTH, b"\0") + b"".join(entries)
 
 
-def _items(block: int, size: int, fixed: bool) -> bytes:
-    parameters = block | (LEAVE_ALLOCATED << 32 if fixed else 0)
+def _items(block: int, size: int, flags: int, sector: int) -> bytes:
+    parameters = block | flags << 32
     values = (parameters.to_bytes(8, "little"), size.to_bytes(8, "little"), guids.new())
-    return b"".join(values) + _SECTOR.to_bytes(4, "little") * 2
+    return b"".join(values) + sector.to_bytes(4, "little") * 2

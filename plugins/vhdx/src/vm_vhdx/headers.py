@@ -64,6 +64,7 @@ class Headers:
         """Read both. Raises ImageError where the file is no VHDX image or neither can be used."""
         self.file = file
         self._name = name
+        self._planned = b""
         if file.pread(0, len(SIGNATURE)) != SIGNATURE:
             raise invalid(name, "not a VHDX image: the file type identifier is missing")
         found: list[tuple[Header, int, bytes]] = []
@@ -96,8 +97,17 @@ class Headers:
             self.file.flush()
             self._place = place
 
-    def begin(self) -> None:
-        """The image is about to be changed for the first time since it was opened (2.2.2, on both GUIDs)."""
+    def begin(self, *, visible: bool = True) -> None:
+        """The image is about to be changed for the first time since it was opened (2.2.2, on both GUIDs).
+
+        Not *visible*: nothing will change that a guest can see, so what was made on the image stays valid.
+        """
         self.current.file_write_guid = guids.new()
-        self.current.data_write_guid = guids.new()
+        if visible:
+            self.current.data_write_guid, self._planned = self.planned(), b""
         self.update(both=True)
+
+    def planned(self) -> bytes:
+        """The data write GUID that the next change which a guest can see will bring."""
+        self._planned = self._planned or guids.new()
+        return self._planned

@@ -27,11 +27,13 @@ from .table import FULLY_PRESENT, NOT_PRESENT, PARTIALLY_PRESENT, STATES, Table
 
 if TYPE_CHECKING:
     from vm_core.block.open import OpenContext
+    from vm_core.block.relocation import Relocation
 
 
 class Vhdx(Format):
     """One open image."""
 
+    create_failure = "Failed to write file signature: {}"
     peer_maps = False
 
     def __init__(
@@ -76,14 +78,15 @@ class Vhdx(Format):
         if not getattr(context, "check", False):
             for text in table.faults(regions, file.size):
                 raise invalid(name, text)
-        self = cls(file, name, headers, log, regions, metadata, table)
+        kind: type[Vhdx] = cls
+        if metadata.has_parent:
+            from .differencing import DifferencingVhdx
+
+            kind = DifferencingVhdx
+        self = kind(file, name, headers, log, regions, metadata, table)
         self.readonly = context.readonly
         self.replayed = bool(pending)
         if metadata.has_parent:
-            if not context.readonly:
-                if not context.auto_readonly:
-                    raise ImageError(name, "differencing VHDX images can only be read: open it read-only")
-                self.readonly = True
             from .parents import find_parent
 
             self.backing_reference = BackingReference(find_parent(metadata.locator, name, context), "vhdx")
@@ -120,12 +123,12 @@ class Vhdx(Format):
                 host = run.host + start - base
                 self._check_place(run.block, host, stop - start)
                 one = Mapping(Kind.DATA, start, stop - start, self.file, host, self._begun and not self.readonly)
-            elif run.state == PARTIALLY_PRESENT and self.metadata.has_parent:
+            elif run.state == PARTIALLY_PRESENT:
                 for piece in self._partial(run.block, run.host, start, stop):
                     _append(found, piece)
                 continue
-            elif run.state not in STATES or run.state == PARTIALLY_PRESENT:
-                raise ImageError(self.name, f"block {run.block} is in state {run.state}, which has no meaning")
+            elif run.state not in STATES:
+                raise self._bad_state(run.block, run.state)
             else:
                 kind = self._absent if run.state == NOT_PRESENT else Kind.ZERO
                 one = Mapping(kind, start, stop - start)
@@ -139,32 +142,14 @@ class Vhdx(Format):
                 raise ImageError(self.name, f"block {block} lies outside the file, at {host:#x}")
 
     def _partial(self, block: int, host: int, start: int, stop: int) -> list[Mapping]:
-        """The runs of a block of which some sectors are the parent's."""
-        from .bitmaps import runs
+        """The runs of a block of which some sectors are the parent's. Raises ImageError where there is no parent."""
+        raise self._bad_state(block, PARTIALLY_PRESENT)
 
-        unit, sector = self.cluster_size, self.metadata.sector_size
-        base = block * unit
-        entry = self.table.entries[self.table.bitmap_index(block)]
-        bits = unit // sector
-        place = (entry & ~(MIB - 1)) + block % self.table.ratio * bits // 8
-        first, after = (start - base) // sector, -(-(stop - base) // sector)
-        if place + bits // 8 > self.file.size or not entry & ~(MIB - 1):
-            raise ImageError(self.name, f"the sector bitmap of block {block} lies outside the file, at {place:#x}")
-        data = self.file.pread(place + first // 8, -(-after // 8) - first // 8)
-        found: list[Mapping] = []
-        for present, number, count in runs(data, first % 8, after - first // 8 * 8):
-            number += first // 8 * 8
-            begin = max(start, base + number * sector)
-            length = min(stop, base + (number + count) * sector) - begin
-            if present:
-                self._check_place(block, host + begin - base, length)
-                found.append(Mapping(Kind.DATA, begin, length, self.file, host + begin - base))
-            else:
-                found.append(Mapping(Kind.UNALLOCATED, begin, length))
-        return found
+    def _bad_state(self, block: int, state: int) -> ImageError:
+        return ImageError(self.name, f"block {block} is in state {state}, which has no meaning")
 
     def map_cached(self, offset: int, length: int) -> Sequence[Mapping] | None:
-        return None if self.metadata.has_parent else self.map(offset, length)
+        return self.map(offset, length)
 
     # Writing
 
@@ -188,7 +173,7 @@ class Vhdx(Format):
                     found.append(Allocation(start, stop - start, self.file, host, False))
                     continue
                 if run.state not in STATES or run.state == PARTIALLY_PRESENT:
-                    raise ImageError(self.name, f"block {run.block} is in state {run.state}, which has no meaning")
+                    raise self._bad_state(run.block, run.state)
                 block = run.block
                 for host, count, zeroed in self._take(run.length):
                     found.append(Allocation(block * unit, count * unit, self.file, host, True, zeroed))
@@ -236,6 +221,31 @@ class Vhdx(Format):
                 self.file.zero(run.host, run.length, unmap=unmap)
         return True
 
+    def relocation(self) -> Relocation | None:
+        if self.metadata.has_parent:
+            return None
+        from .relocation import VhdxRelocation
+
+        return VhdxRelocation(self)
+
+    @property
+    def next_state(self) -> bytes:
+        """The data write GUID that the image has once a guest's data is changed."""
+        return self.headers.current.data_write_guid if self._begun else self.headers.planned()
+
+    def changing(self) -> None:
+        """The table is about to change."""
+        self._begin()
+
+    def cut(self, end: int, free: list[int]) -> None:
+        """End the file at *end*; the places *free* before that are nobody's. The table on disk says so."""
+        self.flush()
+        self.log.clear()
+        self._end, self._free = -(-end // MIB) * MIB, free
+        if end < self.file.size:
+            self.file.truncate(end)
+        self._known_end = self.file.size
+
     def flush(self) -> None:
         if self.readonly:
             return
@@ -250,8 +260,6 @@ class Vhdx(Format):
             self.log.clear()
             self._begun = False
         else:
-            if self.metadata.has_parent:
-                raise ImageError(self.name, "differencing VHDX images can only be read")
             pending = self.log.pending()
             if pending:
                 self.log.replay(pending)

@@ -6,11 +6,14 @@ from typing import NamedTuple
 
 from vm_core.block.node import Node
 from vm_core.block.structs import Record, raw, u16, u32
+from vm_core.errors import ImageError
 
 from . import guids
 from .headers import KIB, MIB, invalid, unsupported
 from .regions import Region
 
+#: What the log writes at a time.
+SECTOR = 4 * KIB
 TABLE_LENGTH = 64 * KIB
 MAX_ENTRIES = 2047
 HEADER_LENGTH = 32
@@ -142,3 +145,50 @@ def _read_locator(data: bytes, name: str) -> dict[str, str]:
         value = data[entry.value_offset : entry.value_offset + entry.value_length]
         found[key.decode("utf-16-le", "replace")] = value.decode("utf-16-le", "replace")
     return found
+
+
+def build_locator(pairs: dict[str, str]) -> bytes:
+    """The bytes of a parent locator with these keys and values."""
+    position = LocatorHeader.LENGTH + len(pairs) * LocatorEntry.LENGTH
+    entries: list[bytes] = []
+    texts: list[bytes] = []
+    for key, value in pairs.items():
+        stored = key.encode("utf-16-le"), value.encode("utf-16-le")
+        entry = LocatorEntry(
+            key_offset=position,
+            value_offset=position + len(stored[0]),
+            key_length=len(stored[0]),
+            value_length=len(stored[1]),
+        )
+        entries.append(entry.pack())
+        texts += stored
+        position += len(stored[0]) + len(stored[1])
+    head = LocatorHeader(kind=guids.VHDX_LOCATOR, count=len(pairs)).pack()
+    return b"".join([head, *entries, *texts])
+
+
+def replace_locator(file: Node, region: Region, name: str, data: bytes) -> list[tuple[int, bytes]]:
+    """What has to be written to have *data* as the parent locator: sectors of 4 KiB, as (offset, contents).
+
+    They belong together. Raises ImageError where there is no room for them.
+    """
+    table = bytearray(file.pread(region.offset, TABLE_LENGTH))
+    count = min(int.from_bytes(table[10:12], "little"), MAX_ENTRIES)
+    places = [HEADER_LENGTH + index * Entry.LENGTH for index in range(count)]
+    entries = [Entry.parse(table, at) for at in places]
+    at, own = next((at, one) for at, one in zip(places, entries, strict=True) if one.guid == guids.PARENT_LOCATOR)
+    others = [(one.offset, one.offset + one.length) for one in entries if one is not own and one.length]
+    if any(start < own.offset + len(data) and own.offset < end for start, end in others):
+        # Behind all others.
+        own.offset = -(-max(end for _, end in others) // SECTOR) * SECTOR
+    if len(data) > MAX_ITEM or own.offset + len(data) > region.length:
+        raise ImageError(name, f"the metadata has no room for a parent locator of {len(data)} bytes")
+    own.length = len(data)
+    table[at : at + Entry.LENGTH] = own.pack()
+    sector = at // SECTOR * SECTOR  # entries lie within one
+    found = {sector: bytes(table[sector : sector + SECTOR])}
+    first, last = own.offset // SECTOR * SECTOR, -(-(own.offset + len(data)) // SECTOR) * SECTOR
+    body = bytearray(file.pread(region.offset + first, last - first))
+    body[own.offset - first : own.offset - first + len(data)] = data
+    found |= {first + start: bytes(body[start : start + SECTOR]) for start in range(0, len(body), SECTOR)}
+    return [(region.offset + place, contents) for place, contents in sorted(found.items())]

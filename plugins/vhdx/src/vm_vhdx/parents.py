@@ -1,8 +1,9 @@
 """Differencing images: which file is the parent (2.6.2.6.3).
 
 The parent locator names it relative to the image, by volume and by an absolute Windows path. The first is tried as it
-is; of the others, which mean nothing here, the last part beside the image. The parent's data write GUID must be the one
-that the image remembers, else the parent has been changed since.
+is; so is an absolute path without a drive. Of the others, which mean nothing here, the last part is looked for beside
+the image. The parent's data write GUID must be the one that the image remembers, else the parent has been changed
+since.
 """
 
 from __future__ import annotations
@@ -39,9 +40,17 @@ def _names(locator: dict[str, str]) -> Iterator[str]:
     if relative:
         yield relative.rpartition("/")[2] if relative[1:2] == ":" else relative.lstrip("/")
     for key in ("absolute_win32_path", "volume_path"):
-        last = locator.get(key, "").replace("\\", "/").rpartition("/")[2]
+        path = locator.get(key, "").replace("\\", "/")
+        if path.startswith("/") and not path.startswith("//"):
+            yield path
+        last = path.rpartition("/")[2]
         if last:
             yield last
+
+
+def linkage(data_write_guid: bytes) -> str:
+    """How a parent locator tells in which state the parent was."""
+    return "{" + guids.show(data_write_guid) + "}"
 
 
 def _data_write_guid(path: str) -> bytes | None:

@@ -7,6 +7,10 @@ from vm_core.hookspecs import hookimpl
 
 _CREATE_OPTIONS = (
     Option("size", "size", "Virtual disk size; max of 64TB."),
+    Option(
+        "backing_file", "str", "File name of the parent, a VHDX image: the new one is a differencing image", ours=True
+    ),
+    Option("backing_fmt", "enum", "Format of the parent: vhdx", choices=("vhdx",), ours=True),
     Option("log_size", "size", "Log size; min 1MB.", default=1 << 20),
     Option(
         "block_size",
@@ -30,7 +34,7 @@ def vm_format_drivers() -> list[FormatDriver]:
     return [
         FormatDriver(
             name="vhdx",
-            summary="Hyper-V disk image (VHDX), dynamic and fixed; differencing read-only",
+            summary="Hyper-V disk image (VHDX), dynamic, fixed and differencing",
             implementation="vm_vhdx.image:Vhdx",
             capabilities={"write", "create", "backing", "check"},
             signatures=(Signature(0, b"vhdxfile"),),

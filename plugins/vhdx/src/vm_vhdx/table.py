@@ -90,12 +90,42 @@ class Table:
             yield Run(block, count, state, entry & OFFSET_MASK)
             block += count
 
-    def enter(self, block: int, count: int, host: int) -> None:
+    def enter(self, block: int, count: int, host: int, state: int = FULLY_PRESENT) -> None:
         """Have *count* blocks from *block* on lie at *host* and after it."""
         for number in range(count):
-            index = self.index(block + number)
-            self.entries[index] = host + number * self.block_size | FULLY_PRESENT
-            self._dirty.add(index // _PER_SECTOR)
+            self._set(self.index(block + number), host + number * self.block_size | state)
+
+    def enter_state(self, block: int, count: int, state: int) -> None:
+        """Have *count* blocks from *block* on, which lie nowhere any more, be in *state*."""
+        for number in range(count):
+            self._set(self.index(block + number), state)
+
+    def enter_bitmaps(self, block: int, host: int) -> None:
+        """Have the block of sector bitmaps that tells about payload *block* lie at *host*."""
+        self._set(self.bitmap_index(block), host | BITMAP_PRESENT)
+
+    def _set(self, index: int, entry: int) -> None:
+        self.entries[index] = entry
+        self._dirty.add(index // _PER_SECTOR)
+
+    def bitmaps(self, block: int) -> int | None:
+        """Where the block of sector bitmaps is that tells about payload *block*; None where there is none."""
+        entry: int = self.entries[self.bitmap_index(block)]
+        if entry & STATE_MASK == BITMAP_PRESENT:
+            return entry & OFFSET_MASK
+        return None
+
+    def empty(self) -> None:
+        """Have no block anywhere."""
+        for index, entry in enumerate(self.entries):
+            if entry:
+                self._set(index, NOT_PRESENT)
+
+    def leave(self, block: int) -> None:
+        """Have *block* lie nowhere."""
+        index = self.index(block)
+        self.entries[index] = NOT_PRESENT
+        self._dirty.add(index // _PER_SECTOR)
 
     def pending(self) -> list[tuple[int, bytes]]:
         """The sectors that have to be written, as (offset, contents)."""
@@ -155,6 +185,34 @@ class Table:
             after = host + length * self.block_size
             if after > end:
                 end, owner = after, block + length - 1
+
+    def end(self) -> int:
+        """Where the last of the payload blocks ends that are in the file."""
+        return max(
+            (run.host + run.length * self.block_size for run in self.runs(0, self.blocks) if _present(run)), default=0
+        )
+
+    def misplaced(self, regions: list[Region], size: int) -> Iterator[str]:
+        """What would be destroyed if partially present blocks, and bitmaps, were written where the table says."""
+        places = []
+        for run in self.runs(0, self.blocks):
+            if run.state == PARTIALLY_PRESENT:
+                places.append((run.host, self._bytes(run.block, 1), self.block_size, f"block {run.block}"))
+            elif run.state == FULLY_PRESENT:
+                length = run.length * self.block_size
+                places.append((run.host, self._bytes(run.block, run.length), length, f"block {run.block}"))
+        for block in range(0, self.blocks, self.ratio):
+            start = self.bitmaps(block)
+            if start is not None:
+                places.append((start, MIB, MIB, f"the sector bitmap block of blocks from {block} on"))
+        end, before = 0, ""
+        for host, inside, length, what in sorted(places):
+            if host + inside > size:
+                yield f"{what} at {host:#x} reaches past the end of the file"
+            on = next((one.name for one in regions if _overlaps(host, length, one)), "")
+            if on or host < end:
+                yield f"{what} at {host:#x} lies on {on or before}"
+            end, before = host + length, what
 
 
 def _present(run: Run) -> bool:

@@ -15,5 +15,6 @@ docstrings are its own. What images of other makers and QEMU do differently is s
 ``bitmaps``       the sector bitmaps of blocks
 ``parents``       which file is the parent
 ``create``        new images
+``overlay``       new differencing images, and naming another parent
 ================  ====================================================================================
 """

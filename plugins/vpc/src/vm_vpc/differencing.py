@@ -13,9 +13,10 @@ from vm_core.block.format import BackingReference
 from vm_core.block.mapping import Allocation, Kind, Mapping
 from vm_core.block.node import Node
 from vm_core.block.tables import run_length
+from vm_core.errors import UsageError
 
 from .bitmaps import Bitmaps, bit_runs
-from .footer import SECTOR, DynamicHeader, Footer, locators
+from .footer import HEADER_LENGTH, SECTOR, DynamicHeader, Footer, checksum, locators, seal
 from .image import Vpc
 from .table import UNUSED, Table
 
@@ -151,6 +152,68 @@ class DifferencingVpc(Vpc):
         self.table.flush(self.sector_bitmaps.pending(), wait=self._changed)
         self.sector_bitmaps.clean()
         self._changed = False
+
+    def empty(self) -> None:
+        self.flush()
+        self._reserved.clear()
+        self.table.empty()
+        self.sector_bitmaps = Bitmaps(self.file, self.table.bitmap_size)
+
+    def change_backing(self, filename: str | None, format: str | None) -> None:
+        """Name another parent.
+
+        The header that does so is written where there is room; the footer at the start of the file, a sector, then
+        tells where it is.
+        """
+        from .overlay import look_at, other_size
+
+        if not filename:
+            raise UsageError("a differencing VHD image has a parent: convert it to make one that has none")
+        if format not in (None, "vpc", "vhd"):
+            raise UsageError(f"the parent of a VHD image is a VHD image, not one of format '{format}'")
+        parent, _, whole = look_at(filename, self.file.filename)
+        if whole != self.size:
+            raise other_size(filename, whole, self.size)
+        self.flush()
+        header = DynamicHeader.parse(self._raw)
+        _, names = parent.describe(header, 0)
+        start = self.table.add_metadata(HEADER_LENGTH + len(names))
+        raw, names = parent.describe(header, start + HEADER_LENGTH)
+        self.file.pwrite(start, raw + names)
+        self.table.flush((), wait=False)
+        former, self.footer.data_offset = self.footer.data_offset, start
+        try:
+            self.file.pwrite(0, seal(self.footer))
+            self.file.flush()
+        except BaseException:
+            self.footer.data_offset = former
+            raise
+        self.header, self._raw = header, raw
+        self.backing_reference = BackingReference(filename, "vpc")
+        self.table.rewrite_footer()
+
+    def backing_committed(self, node: Node) -> None:
+        from vm_core.block.parents import recorded_parent
+
+        from .overlay import changed
+
+        parent = recorded_parent(node)
+        if not isinstance(parent, Vpc) or parent.footer.uuid != self.header.parent_uuid:
+            return
+        if self.header.parent_timestamp in (0, parent.footer.timestamp):
+            return  # that of whoever made the image
+        now = changed(parent.file.filename)
+        if now == self.header.parent_timestamp:
+            return
+        raw = bytearray(self._raw)
+        for name, value in (("parent_timestamp", now), ("checksum", 0)):
+            field = DynamicHeader.field(name)
+            raw[field.offset : field.end] = value.to_bytes(4, "big")
+        raw[field.offset : field.end] = checksum(raw, field.offset).to_bytes(4, "big")
+        # Both are in one sector.
+        self.file.pwrite(self.footer.data_offset, bytes(raw[:SECTOR]))
+        self.file.flush()
+        self.header, self._raw = DynamicHeader.parse(raw), bytes(raw)
 
     def reopen(self, *, readonly: bool) -> None:
         if readonly:

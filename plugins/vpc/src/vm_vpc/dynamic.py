@@ -7,6 +7,7 @@ Data*). Like QEMU's, new blocks get a bitmap in which every sector counts as wri
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from vm_core.block.mapping import Allocation, Kind, Mapping
 from vm_core.block.node import Node
@@ -15,6 +16,9 @@ from vm_core.block.tables import run_length
 from .footer import SECTOR, DynamicHeader, Footer
 from .image import Vpc
 from .table import UNUSED, Table
+
+if TYPE_CHECKING:
+    from vm_core.block.relocation import Relocation
 
 
 class DynamicVpc(Vpc):
@@ -100,6 +104,11 @@ class DynamicVpc(Vpc):
         full = b"\xff" * self.table.bitmap_size
         self.table.flush(((start, full) for start in sorted(self._bitmaps)), wait=False)
         self._bitmaps.clear()
+
+    def relocation(self) -> Relocation:
+        from .relocation import VpcRelocation
+
+        return VpcRelocation(self)
 
     def reopen(self, *, readonly: bool) -> None:
         if readonly:

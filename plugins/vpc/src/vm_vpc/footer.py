@@ -6,7 +6,7 @@ then come the dynamic disk header, the block allocation table and the blocks, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from vm_core.block.node import Node
 from vm_core.block.structs import Record, raw, u8, u16, u32, u64
@@ -113,6 +113,17 @@ def footer_at_end(file: Node) -> tuple[int, bytes] | None:
             if data.startswith(COOKIE):
                 return start, data
     return None
+
+
+def with_locators(header: DynamicHeader, found: Sequence[Locator]) -> bytes:
+    """The bytes of a dynamic disk header with its parent locators and its check sum."""
+    data = bytearray(header.pack().ljust(HEADER_LENGTH, b"\0"))
+    for at, locator in zip(LOCATORS, found, strict=False):
+        data[at : at + Locator.LENGTH] = locator.pack()
+    at = header.field("checksum").offset
+    header.checksum = checksum(data, at)
+    data[at : at + 4] = header.checksum.to_bytes(4, "big")
+    return bytes(data)
 
 
 def locators(header: bytes) -> Iterator[Locator]:

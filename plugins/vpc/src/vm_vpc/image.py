@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 class Vpc(Format):
     """What ``open`` and ``create`` have in common; open images are of a class for their kind."""
 
+    create_failure = "Unable to create or write VHD header"
+
     file: Node
     name: str
     footer: Footer

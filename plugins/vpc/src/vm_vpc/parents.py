@@ -1,8 +1,8 @@
 """Which file is the parent of a differencing image, and whether it still is what it was.
 
 The header names the parent several times (*Parent Locators*): relative to the image, absolutely, as a file URL, and by
-its bare name. They are tried in this order; Windows' absolute paths mean nothing here, but the file may lie beside the
-image by now. The parent must have the UUID that the image remembers.
+its bare name. They are tried in this order; an absolute path of Windows with a drive means nothing here, but the file
+may lie beside the image by now. The parent must have the UUID that the image remembers.
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ def _names(file: Node, header: DynamicHeader, raw: bytes) -> Iterator[str]:
         # A path that is relative to nothing is no relative path.
         yield _last(path) if path[1:2] == ":" else path.lstrip("/")
     if ABSOLUTE in found:
-        yield _last(found[ABSOLUTE])
+        path = found[ABSOLUTE].replace("\\", "/")
+        if path.startswith("/") and not path.startswith("//"):
+            yield path
+        yield _last(path)
     if FILE_URL in found:
         path = _url_path(found[FILE_URL])
         if path:

@@ -23,6 +23,10 @@ _CREATE_OPTIONS = (
         "Type of virtual hard disk format. Supported formats are {dynamic (default) | fixed} ",
     ),
     Option(
+        "backing_file", "str", "File name of the parent, a VHD image: the new one is a differencing image", ours=True
+    ),
+    Option("backing_fmt", "enum", "Format of the parent: vpc", choices=("vpc",), ours=True),
+    Option(
         "force_size",
         "bool",
         "Force disk size calculation to use the actual size specified, rather than using the nearest CHS-based "

@@ -59,6 +59,8 @@ class Table:
         table_end = self.offset + 4 * count
         #: Where the next block goes.
         self.end = -(-max(table_end, footer.data_offset + HEADER_LENGTH, metadata) // SECTOR) * SECTOR
+        #: Where it goes where there are no blocks.
+        self._first = self.end
         for start, length in self._places():
             self.end = max(self.end, start * SECTOR + length * self.stride)
         if self.end > -(-file.size // SECTOR) * SECTOR:
@@ -77,11 +79,15 @@ class Table:
         """
         footer = footer_at_end(self.file)
         self._moved = footer is None or not sealed(footer[1], 64)
-        first, last = self.offset // SECTOR, -(-(self.offset + 4 * len(self.entries)) // SECTOR)
+        metadata = (
+            (0, 1),
+            _sectors(self.footer.data_offset, HEADER_LENGTH),
+            _sectors(self.offset, 4 * len(self.entries)),
+        )
         step = self.stride // SECTOR
         end = 0
         for start, length in sorted(self._places()):
-            if start == 0 or (start < last and start + length * step > first):
+            if any(start < last and start + length * step > first for first, last in metadata):
                 raise self._damaged(f"sector {start}, where metadata is")
             if start < end:
                 raise self._damaged(f"overlapping blocks at sector {start}")
@@ -123,6 +129,46 @@ class Table:
         self.entries[index] = start // SECTOR
         self._dirty.add(index // _PER_SECTOR)
 
+    def add_metadata(self, length: int) -> int:
+        """Room for *length* more bytes of metadata, whole sectors, where the footer is: where that begins.
+
+        Nothing in the file's start may speak of it before the next flush.
+        """
+        start = self.end
+        self.end = self._first = start + length
+        self._moved = True
+        return start
+
+    def rewrite_footer(self) -> None:
+        """The footer was changed, and that at the file's start is on the disk: so will the other one be."""
+        self._moved = True
+        self.flush((), wait=False)
+
+    def empty(self) -> None:
+        """Forget all blocks, on the disk too, and give their space back."""
+        count = len(self.entries)
+        for index in range(0, count, _PER_SECTOR):
+            piece = self.entries[index : index + _PER_SECTOR]
+            if piece != array("I", (UNUSED,)) * len(piece):
+                self.entries[index : index + len(piece)] = array("I", (UNUSED,)) * len(piece)
+                self._dirty.add(index // _PER_SECTOR)
+        self.flush((), wait=False)
+        self._free.clear()
+        if self.end != self._first:
+            self.end = self._first
+            self._moved = True
+            self.flush((), wait=False)
+
+    def leave(self, index: int) -> None:
+        """Have guest block *index* be no block, from the next flush on also on disk."""
+        self.entries[index] = UNUSED
+        self._dirty.add(index // _PER_SECTOR)
+
+    def cut(self, end: int, free: list[int]) -> None:
+        """The blocks end at *end*, those at *free* before that are nobody's; all of it is so on disk."""
+        self.end, self._free = end, free
+        self._moved = True
+
     def flush(self, bitmaps: Iterable[tuple[int, bytes | bytearray]], *, wait: bool) -> None:
         """Bring everything to the disk; *bitmaps* are (position, contents) to be written, *wait* for data first.
 
@@ -145,3 +191,8 @@ class Table:
                 self.file.pwrite(self.offset + first * SECTOR, dump(piece, "big"))
             self.file.flush()
             self._dirty.clear()
+
+
+def _sectors(offset: int, length: int) -> tuple[int, int]:
+    """The first of the sectors that a place in the file lies on, and the one behind the last."""
+    return offset // SECTOR, -(-(offset + length) // SECTOR)
