@@ -17,6 +17,7 @@ from vm_core.block.extents import walk
 from vm_core.block.formatnode import FormatNode
 from vm_core.block.mapping import Kind
 from vm_core.block.open import OpenContext
+from vm_core.block.passage import Hold, release
 from vm_core.errors import BlockError
 from vm_core.testing.nodes import FailingNode, MemoryNode, RecordingNode
 from vm_core.testing.replay import power_cuts
@@ -388,6 +389,30 @@ def test_many_threads_on_one_image() -> None:
     toy = node.format
     assert isinstance(toy, Toy)
     assert toy.check()["corruptions"] == 0
+
+
+@pytest.mark.parametrize("write", [False, True])
+def test_a_driver_that_somebody_has_to_himself_is_not_asked(write: bool) -> None:
+    """While the image is quiesced neither the search for host spans nor a read from the page cache calls the driver."""
+    node = open_toy(make(4 * CLUSTER))
+    node.pwrite(0, b"x" * CLUSTER)
+    toy = node.format
+    assert isinstance(toy, Toy)
+    asked: list[int] = []
+    mapped = toy.map_cached
+    toy.map_cached = lambda offset, length: asked.append(offset) or mapped(offset, length)  # type: ignore
+    holds: list[Hold] = []
+    with node.quiesce():
+        assert not node.host_spans(0, 512, [], holds, write=write, stable=False)
+        assert not node.read_nowait(0, [memoryview(bytearray(512))])
+    assert not asked
+    assert not holds
+    node.host_spans(0, 512, [], holds, write=write, stable=False)
+    node.read_nowait(0, [memoryview(bytearray(512))])
+    assert asked == [0, 0]
+    release(holds)
+    with node.quiesce():  # no ticket is left
+        pass
 
 
 def test_freed_clusters_are_not_reused_under_a_reader() -> None:

@@ -51,6 +51,21 @@ def test_short_transfers_go_on(setup: Setup) -> None:
     assert node.pread(700_000, 4) == b"yyy" + data[700_003:700_004]
 
 
+def test_buffers_of_no_length(setup: Setup) -> None:
+    """Buffers without any bytes may be among those of a request, as with any other engine."""
+    data, node = disk(setup)
+    no_cache(node)
+    backend = setup.scripted(node, Scripted())
+    read, write = reading(4096, 1024), writing(8192, b"z" * 512)
+    view = read.buffers[0]
+    read.buffers = (memoryview(bytearray()), view[:512], view[512:512], view[512:])
+    write.buffers = (*write.buffers, memoryview(bytearray()))
+    carry(backend, [read, write])
+    assert read.status == write.status == 0
+    assert data_of(read) == data[4096:5120]
+    assert node.pread(8192, 513) == b"z" * 512 + data[8704:8705]
+
+
 def test_end_of_file(setup: Setup) -> None:
     """A cluster of which the file has only the beginning reads as zeroes from there on."""
     node = setup.toy(1 << 16)

@@ -230,15 +230,20 @@ class FormatNode(ImageNode):
         if offset + length > self.format.size or not self._mutex.acquire(blocking=False):
             return False
         ticket: int | None = None
+        runs: Sequence[Mapping] | None = None
         try:
+            # First the ticket: whoever has the driver to himself (quiesce) calls it without the mutex.
+            ticket = self._ranges.try_shared(offset, offset + length)
+            if ticket is None:
+                return False
             runs = self.format.map_cached(offset, length)
-            if runs is not None:
-                ticket = self._ranges.try_shared(offset, offset + length)
         except (OSError, VmError):
             return False  # the ordinary way will meet the error again and tell it
         finally:
+            if ticket is not None and runs is None:
+                self._ranges.drop(ticket)
             self._mutex.release()
-        if runs is None or ticket is None:
+        if runs is None:
             return False
         try:
             if len(runs) == 1 and runs[0].kind is Kind.DATA:
@@ -263,17 +268,23 @@ class FormatNode(ImageNode):
     def host_spans(
         self, offset: int, length: int, spans: list[Span], holds: list[Hold], *, write: bool, stable: bool
     ) -> bool:
-        format = self.format
-        if self._watch is not None or offset + length > format.size:
-            return False
-        if write and (
-            # A stable write ends with a flush of the driver's.
-            stable or self.readonly or self.detect_zeroes != "off" or format.compressed_only or format.tracking
-        ):
-            return False
-        if not self._mutex.acquire(blocking=False):
+        if self._watch is not None or not self._mutex.acquire(blocking=False):
             return False
         try:
+            # Under the mutex: the size, and whether changes are tracked, may have changed a moment ago.
+            format = self.format
+            if offset + length > format.size:
+                return False
+            if write and (
+                # A stable write ends with a flush of the driver's.
+                stable or self.readonly or self.detect_zeroes != "off" or format.compressed_only or format.tracking
+            ):
+                return False
+            # First the ticket: whoever has the driver to himself (quiesce) calls it without the mutex.
+            ticket = self._ranges.try_shared(offset, offset + length)
+            if ticket is None:
+                return False
+            holds.append((self._ranges, ticket))
             runs = format.map_cached(offset, length)
             if runs is None:
                 return False
@@ -281,14 +292,10 @@ class FormatNode(ImageNode):
                 for run in runs:
                     if run.kind is not Kind.DATA or not run.writable:
                         return False
-            ticket = self._ranges.try_shared(offset, offset + length)
         except (OSError, VmError):
             return False  # the ordinary way will meet the error again and tell it
         finally:
             self._mutex.release()
-        if ticket is None:
-            return False
-        holds.append((self._ranges, ticket))
         if len(runs) == 1:
             run = runs[0]
             if run.kind is Kind.DATA and run.storage is not None:

@@ -261,6 +261,28 @@ def test_rebasing_compresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (tmp_path / "t").stat().st_size < 1 << 20
 
 
+@pytest.mark.parametrize("how", ["cluster_size=64k", "extended_l2=on"])
+def test_rebasing_compresses_between_runs_of_any_length(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``rebase -c`` where data of the backing images, or of the overlay's subclusters, begins within clusters."""
+    from vm_core.cli.img.main import main
+
+    pytest.importorskip("vm_qcow2")
+    peer("create -q -f raw old 1M", tmp_path)
+    peer('io: -f raw -c "write -P 1 36k 8k" -c "write -P 4 200k 4k" -c "write -P 5 640k 100k" old', tmp_path)
+    peer("create -q -f raw new 1M", tmp_path)
+    peer('io: -f raw -c "write -P 3 300k 4k" new', tmp_path)
+    peer(f"create -q -f qcow2 -o {how} -b old -F raw t", tmp_path)
+    peer('io: -c "write -P 9 512k 4k" -c "write -P 8 644k 4k" -c "write -P 8 702k 2k" t', tmp_path)
+    peer("convert -O raw t before.raw", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(["rebase", "-c", "-b", "new", "-F", "raw", "t"], "vm-img") == 0
+    peer("convert -O raw t after.raw", tmp_path)
+    assert (tmp_path / "after.raw").read_bytes() == (tmp_path / "before.raw").read_bytes()
+    assert theirs(["check", "t"], tmp_path).code == 0
+
+
 def test_a_drive_of_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``host_cdrom`` reads what disc is in the drive, notices another one, and says where there is none."""
     import errno

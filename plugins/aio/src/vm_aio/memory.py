@@ -62,7 +62,7 @@ class _Pin:
 
 def locate(buffer: Buffer) -> tuple[int, object]:
     """The address of *buffer*'s first byte, and what to hold as long as it is needed."""
-    if buffer.readonly:
+    if buffer.readonly or not buffer.nbytes:  # ctypes puts nothing over no memory
         pin = _Pin(buffer)
         return pin.address, pin
     over = _char_over(buffer)

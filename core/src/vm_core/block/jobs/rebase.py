@@ -95,7 +95,8 @@ class _Rebase:
         """What is not in the image and may differ."""
         old, new = self._walk(self.old), self._walk(self.new)
         number = done = 0
-        for offset, end in self._missing():
+        for first, end in self._missing():
+            offset = first
             while offset < end:
                 one, two = old.at(offset), new.at(offset)
                 stop = min(end, one.end, two.end)
@@ -105,7 +106,9 @@ class _Rebase:
                     if self.old is not None and offset < self.old.size:
                         stop = min(stop, max(self.old.size, offset + SECTOR))
                     if self.compressed:
+                        # Runs of the chains end anywhere; what is written are whole clusters.
                         stop = self._cluster_end(offset, end)
+                        offset = max(first, offset - offset % self.image.cluster_size)
                     self.job.advance(offset - done)
                     done = offset
                     yield _Piece(
@@ -135,7 +138,7 @@ class _Rebase:
         return Walk(node, self.image.size)
 
     def _segment(self, node: Node | None, extent: Extent, offset: int, stop: int) -> Segment | None:
-        if self.compressed and node is not None and stop > extent.end:
+        if self.compressed and node is not None and not extent.offset <= offset < stop <= extent.end:
             return Segment(0, stop - offset, node, offset)
         if extent.kind is Kind.ZERO or node is None:
             return None
@@ -196,17 +199,23 @@ class _Rebase:
 
     def _encode(self, piece: _Piece, changes: list[_Change]) -> None:
         """Write the clusters in which something differs."""
-        cluster = self.image.cluster_size
+        cluster, size = self.image.cluster_size, self.image.size
         buffer = bytearray(cluster)
-        for start in range(0, piece.length, cluster):
-            stop = min(start + cluster, piece.length)
+        start = 0
+        while start < piece.length:
+            offset = piece.offset + start
+            stop = min(start + cluster - offset % cluster, piece.length)
             if any(change.start < stop and start < change.end for change in changes):
                 _read(buffer, piece.old, piece.offset, start, stop - start)
+                # A cluster of which the image holds a part already (subclusters) cannot be compressed.
+                whole = stop - start == cluster or (not offset % cluster and piece.offset + stop == size)
+                write = self.image.write_compressed if whole else self.image.write
                 try:
                     with memoryview(buffer) as view:
-                        self.image.write_compressed(piece.offset + start, (view[: stop - start],))
+                        write(offset, (view[: stop - start],))
                 except OSError as error:
-                    raise CopyError("writing", piece.offset + start, error) from None
+                    raise CopyError("writing", offset, error) from None
+            start = stop
 
 
 def _read(buffer: bytearray, segment: Segment | None, offset: int, start: int, length: int) -> None:
