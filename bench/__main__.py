@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from . import measured
 from .interleave import Result, interleave
 
 if TYPE_CHECKING:
@@ -41,7 +42,9 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {known} (default: all)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--work", type=Path, help="a folder for images, kept for the next run (default: temporary)")
+    parser.add_argument("--cold", action="store_true", help="leave memory as it is between runs")
     options = parser.parse_args()
+    measured.warming = not options.cold
     names: list[str] = []
     for name in options.names or ["boot", "tools", "requests"]:
         names += {"boot": BOOT, "tools": tuple(TOOLS), "requests": tuple(REQUESTS)}.get(name, (name,))

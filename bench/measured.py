@@ -59,13 +59,17 @@ _TOUCH = (
 )
 
 
+#: Whether to touch memory before each run; else what a run meets is what the one before left.
+warming = True
+
+
 def warm() -> None:
-    """Have free memory at hand.
+    """Have free memory at hand, and nothing that waits to be written.
 
     In a virtual machine that gives its free pages back to the host, whoever first needs them again waits for the host:
     a copy into the page cache then takes four times as long, and which contestant is hit depends on its turn.
     """
-    if sys.platform == "linux":
+    if warming and sys.platform == "linux":
         with open("/proc/meminfo") as file:
             free = next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
         touched = min(_WARM, free // 2)
