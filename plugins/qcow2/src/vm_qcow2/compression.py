@@ -95,6 +95,11 @@ def unzstd(data: bytes, length: int) -> bytes:
     """Decompress a zstd frame into *length* bytes."""
     zstandard = _zstandard()
     try:
+        # What the frame says of its size decides over memory, so it has to be right. Most frames say it.
+        if zstandard.frame_content_size(data) == length:
+            whole: bytes = _zstd_contexts().decompressor.decompress(data, max_output_size=length)
+            if len(whole) == length:
+                return whole
         decoder = zstandard.ZstdDecompressor(max_window_size=ZSTD_MAX_WINDOW)
         with decoder.stream_reader(data, read_size=len(data)) as reader:
             parts = []
@@ -112,7 +117,7 @@ def unzstd(data: bytes, length: int) -> bytes:
 
 @cache
 def _zstd_contexts() -> Any:
-    """A compressor for each thread: they cannot be shared."""
+    """A compressor and a decompressor for each thread: they cannot be shared."""
     import threading
 
     zstandard = _zstandard()
@@ -120,6 +125,7 @@ def _zstd_contexts() -> Any:
     class Contexts(threading.local):
         def __init__(self) -> None:
             self.compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
+            self.decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_MAX_WINDOW)
 
     return Contexts()
 
