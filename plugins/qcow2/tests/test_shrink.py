@@ -121,3 +121,15 @@ def test_what_was_cut_off_does_not_come_back(tmp_path: Path, qemu: Qemu, options
                 node.truncate_preallocated(MIB, mode)
         assert qemu.read(path) == b"\7" * size + bytes(MIB - size)
         qemu.sound(path)
+
+
+def test_a_last_cluster_of_which_parts_are_there(tmp_path: Path, qemu: Qemu) -> None:
+    """Of a cluster with subclusters those beyond the end are cleared that are there."""
+    path = tmp_path / "disk.qcow2"
+    qemu.create(path, MIB, {"extended_l2": "on"})
+    qemu.io(path, f"write -P 7 {640 * KIB} 3k", f"write -P 8 {650 * KIB} 1k")
+    with open_node(path, format="qcow2", readonly=False) as node:
+        node.truncate(641 * KIB)
+        node.truncate(MIB)
+    assert qemu.read(path) == bytes(640 * KIB) + b"\7" * KIB + bytes(383 * KIB)
+    qemu.sound(path)

@@ -94,8 +94,16 @@ class Allocator:
             missing = self._missing_block(first, free)
             if missing is None:
                 break
-            # The new block may be put where this allocation was planned.
-            self._create_block(missing)
+            # The new block may be put where this allocation was planned, but not before the clusters that it counts:
+            # those were planned first.
+            planned = max(0, (missing << self._shift) - first)
+            self.refcounts.set_run(first, planned, 1)
+            try:
+                self._create_block(missing)
+            finally:
+                self.refcounts.set_run(first, planned, 0)
+                if planned:
+                    self._hint = min(self._hint, first)
         self._count(first, free)
         return free
 

@@ -171,9 +171,10 @@ def _clear_tail(image: Qcow2, size: int) -> None:
     """
     rest = -size % image.cluster_size
     if rest:
-        (run,) = image.map(size, rest)
-        if run.kind is Kind.DATA and run.writable and run.storage is not None:
-            run.storage.zero(run.host, rest)
+        # Several where the cluster has subclusters.
+        for run in image.map(size, rest):
+            if run.kind is Kind.DATA and run.writable and run.storage is not None:
+                run.storage.zero(run.host, run.length)
 
 
 def _drop_from(image: Qcow2, size: int, former: int = 0) -> None:
