@@ -30,7 +30,11 @@ class VpcRelocation(Units):
             for start, count, index in places(table.entries, UNUSED, table.stride // SECTOR)
         ]
         origin = min((start for start, _, _ in found), default=table.end)
-        super().__init__(image.file, origin, table.stride, arrange(origin, table.stride, found), len(table.entries))
+        # Images of other programs may have them between blocks, or behind them.
+        fixed = [(first * SECTOR, last * SECTOR) for first, last in table.metadata if last * SECTOR > origin]
+        super().__init__(
+            image.file, origin, table.stride, arrange(origin, table.stride, found, fixed), len(table.entries)
+        )
 
     def owners(self, offset: int, length: int) -> range:
         unit = self.image.cluster_size

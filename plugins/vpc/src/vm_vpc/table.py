@@ -79,11 +79,7 @@ class Table:
         """
         footer = footer_at_end(self.file)
         self._moved = footer is None or not sealed(footer[1], 64)
-        metadata = (
-            (0, 1),
-            _sectors(self.footer.data_offset, HEADER_LENGTH),
-            _sectors(self.offset, 4 * len(self.entries)),
-        )
+        metadata = self.metadata
         step = self.stride // SECTOR
         end = 0
         for start, length in sorted(self._places()):
@@ -92,6 +88,15 @@ class Table:
             if start < end:
                 raise self._damaged(f"overlapping blocks at sector {start}")
             end = start + length * step
+
+    @property
+    def metadata(self) -> tuple[tuple[int, int], ...]:
+        """The (first, last and one) sectors of the footer's copy, the header and the table, wherever they are."""
+        return (
+            (0, 1),
+            _sectors(self.footer.data_offset, HEADER_LENGTH),
+            _sectors(self.offset, 4 * len(self.entries)),
+        )
 
     def _places(self) -> list[tuple[int, int]]:
         """Runs of blocks one behind the other: the first one's sector, how many."""
