@@ -177,3 +177,23 @@ def stop(image: Image, *, portion: int) -> None:
     finally:
         jobs.PORTION = former
     raise AssertionError("it never ends")
+
+
+def judge(driver: str, path: Path, data: bytes, model: bytes, *, check: bool = True, repair: bool = False) -> None:
+    """The peer reads *model* from the image *data*, put at *path*, and with *check* finds nothing wrong with it.
+
+    With *repair* it may mend the image before: it wants a log to be replayed before it reads anything.
+    """
+    from .qemu import Qemu
+
+    qemu = Qemu(driver)
+    path.write_bytes(data)
+    raw = path.with_suffix(".raw")
+    raw.write_bytes(model)
+    if repair:
+        qemu.run("check", "-q", "-r", "all", path)
+    done = qemu.run("compare", "-f", driver, "-F", "raw", path, raw)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if check:
+        done = qemu.run("check", "-f", driver, path)
+        assert done.returncode in (0, 63), done.stdout + done.stderr
