@@ -158,6 +158,10 @@ class Tables:
                     break
         return table
 
+    def owned(self, index: int) -> bool:
+        """Whether L1 entry *index* has an L2 table that can be changed where it is."""
+        return bool(self.l1[index] & COPIED)
+
     def writable(self, index: int) -> L2Table:
         """The L2 table of L1 entry *index*, to be changed: made where there is none, copied where it is shared."""
         table = self.get(index)

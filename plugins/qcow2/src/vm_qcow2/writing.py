@@ -441,6 +441,9 @@ class Writer:
             l1_index = cluster >> self._l2_bits
             base = l1_index << self._l2_bits
             last = min(stop - base, self._l2_mask + 1)
+            if create and not self.tables.owned(l1_index):
+                # The clusters that this very request gave back are taken by its next L2 tables.
+                self._reclaim()
             table = self.tables.writable(l1_index) if create else self.tables.get(l1_index)
             if table is None:
                 # Pass over all that is empty.
