@@ -17,6 +17,7 @@ from ..mapping import Kind
 from ..node import Node
 from . import pipeline
 from .job import Job
+from .memory import page_buffer
 from .source import SECTOR, Segment, Source, is_direct, read_segment, sectors_up
 from .zeroes import all_zero
 
@@ -89,7 +90,12 @@ class _Comparer:
 
     def _run(self, pieces: Iterator[_Piece], length: int) -> None:
         count = 1 if length <= SMALL else pipeline.worker_count(self.workers)
-        pipeline.run(pieces, self._compare, workers=count, make_state=lambda: (bytearray(BUFFER), bytearray(BUFFER)))
+        pipeline.run(
+            pieces,
+            self._compare,
+            workers=count,
+            make_state=lambda: (page_buffer(BUFFER, length), page_buffer(BUFFER, length)),
+        )
 
     # Planning
 

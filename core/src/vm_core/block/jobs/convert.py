@@ -24,7 +24,7 @@ from ..node import Node
 from ..raw import RawNode
 from . import pipeline
 from .job import Job
-from .memory import trim
+from .memory import page_buffer, trim
 from .source import SECTOR, STEP, Request, Run, Source, Warn, read_request, read_segment, requests
 from .zeroes import all_zero, data_runs
 
@@ -174,7 +174,13 @@ class _Conversion:
             self._runs(), self.target_size, grain=grain, step=step, zeroes=not self.zero_init or not options.sparse
         )
         buffer_size = min(step, -(-self.target_size // SECTOR) * SECTOR or SECTOR)
-        pipeline.run(planned, work, workers=workers, make_state=lambda: bytearray(buffer_size), turns=self.turns)
+        pipeline.run(
+            planned,
+            work,
+            workers=workers,
+            make_state=lambda: page_buffer(buffer_size, self.source.size),
+            turns=self.turns,
+        )
         self.job.finish()
 
     @property

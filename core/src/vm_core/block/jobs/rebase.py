@@ -20,6 +20,7 @@ from . import pipeline
 from .compare import SMALL, Walk
 from .convert import CopyError
 from .job import Job
+from .memory import page_buffer
 from .source import SECTOR, Segment, Source, is_direct, read_segment
 
 #: Bytes that are written at a time.
@@ -83,7 +84,7 @@ class _Rebase:
             self._pieces(),
             self._work,
             workers=workers,
-            make_state=lambda: (bytearray(STEP), bytearray(STEP)),
+            make_state=lambda: (page_buffer(STEP, size), page_buffer(STEP, size)),
             turns=self.turns,
         )
         self._release()

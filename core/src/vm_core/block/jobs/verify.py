@@ -24,6 +24,7 @@ from ..node import Node
 from . import pipeline
 from .convert import CopyError
 from .job import Job
+from .memory import page_buffer
 from .source import Request, Source, read_request, requests
 from .zeroes import all_zero
 
@@ -285,7 +286,7 @@ class _Hasher:
             requests(Source([self.node]).runs(), self.size, grain=self.block_size, step=step, zeroes=True),
             self._work,
             workers=pipeline.worker_count(self.workers) if self.size > STEP else 1,
-            make_state=lambda: bytearray(min(step, max(self.size, 1))),
+            make_state=lambda: page_buffer(min(step, max(self.size, 1)), self.size),
             turns=self._turns,
         )
         total = ""
