@@ -16,6 +16,10 @@ ZERO_RANGE = 0x10
 UNSUPPORTED = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOTTY, errno.ENODEV})
 
 
+#: linux/magic.h: ext2, ext3 and ext4.
+_EXT4 = 0xEF53
+
+
 @cache
 def _libc_fallocate() -> Callable[[int, int, int, int], int] | None:
     if sys.platform != "linux":
@@ -50,3 +54,21 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
     if code in UNSUPPORTED:
         return False
     raise OSError(code, os.strerror(code))
+
+
+def worth_reserving(fd: int) -> bool:
+    """Whether large writes to fresh space go faster where fallocate has set that space aside just before.
+
+    So it is on ext4, by a quarter of the time of a write: there else each block is reserved by itself, for later. On
+    tmpfs it is the other way round, because fallocate clears the memory. Others were not measured.
+    """
+    if _libc_fallocate() is None:
+        return False
+    import ctypes
+
+    # struct statfs begins with the type, a long on all Linux that has 64 bits.
+    status = (ctypes.c_long * 32)()
+    try:
+        return not ctypes.CDLL(None).fstatfs(fd, status) and status[0] == _EXT4
+    except AttributeError:
+        return False

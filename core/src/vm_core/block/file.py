@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import BlockError, ImageError, UsageError
 from . import locks
-from .fallocate import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, fallocate
+from .fallocate import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, fallocate, worth_reserving
 from .mapping import Kind, Mapping
 from .node import Buffer, Node, Protocol
 from .passage import Span
@@ -47,6 +47,8 @@ with suppress(AttributeError, OSError, ValueError):  # no sysconf (Windows), or 
 WRITE_MAX = 512 * 1024
 #: Writes from this many bytes on go one by one: Linux lets one writer at a time into a file, and has the others spin.
 WRITE_LONG = 128 * 1024
+#: Where much is going to be written (:meth:`FileProtocol.expect_much`) space is set aside for writes from this many on.
+RESERVE_LEAST = 256 * 1024
 #: Bytes that a bounce buffer holds.
 BOUNCE = 1024 * 1024
 #: Bytes at the start of a new file that have host space at once.
@@ -106,6 +108,7 @@ class FileProtocol(Protocol):
         self._can_punch = self._can_zero = self._can_seek_holes = hasattr(os, "SEEK_DATA")
         self._can_dsync = bool(_DSYNC)
         self._can_nowait = bool(_NOWAIT)
+        self._reserves = False
         self._locked = self._claimed = False
         self._blocks = RangeLock() if direct else None
         if direct:
@@ -441,27 +444,15 @@ class FileProtocol(Protocol):
                 self._write_direct(offset, length, buffers)
             else:
                 flags = _DSYNC if fua and self._can_dsync else 0
-                done = 0
-                stable = bool(flags)
-                while done < length:
-                    rest, position = buffers, offset + done
-                    if done or length > WRITE_MAX:
-                        rest = cut(buffers, done, min(WRITE_MAX - position % WRITE_MAX, length - done))
-                    if len(rest) > IOV_MAX:
-                        rest = rest[:IOV_MAX]
-                    if flags:
-                        try:
-                            done += os.pwritev(self._fd, rest, position, flags)
-                        except OSError as error:
-                            if error.errno != errno.EOPNOTSUPP:
-                                raise
-                            self._can_dsync = stable = False
-                            flags = 0
-                    elif length < WRITE_LONG:
-                        done += _pwritev(self._fd, rest, position)
-                    else:
-                        with self._long_writes:
-                            done += _pwritev(self._fd, rest, position)
+                if flags:
+                    stable = self._write_stable(offset, length, buffers, flags)
+                elif length < WRITE_LONG:
+                    self._write_cached(offset, length, buffers)
+                else:
+                    if self._reserves and length >= RESERVE_LEAST:
+                        self._set_aside(offset, length)
+                    with self._long_writes:
+                        self._write_cached(offset, length, buffers)
         except OSError as error:
             self._written = next(self._writes)
             self._size = max(self._size, self._query_size())
@@ -472,6 +463,37 @@ class FileProtocol(Protocol):
             self._written = next(self._writes)
             if fua:
                 self.flush()
+
+    def _write_cached(self, offset: int, length: int, buffers: Sequence[Buffer]) -> None:
+        done = 0
+        while done < length:
+            done += _pwritev(self._fd, _next_piece(offset, length, buffers, done), offset + done)
+
+    def _write_stable(self, offset: int, length: int, buffers: Sequence[Buffer], flags: int) -> bool:
+        """Write with *flags*; whether all of it is stable then."""
+        done = 0
+        while done < length:
+            try:
+                done += os.pwritev(self._fd, _next_piece(offset, length, buffers, done), offset + done, flags)
+            except OSError as error:
+                if error.errno != errno.EOPNOTSUPP or not flags:
+                    raise
+                self._can_dsync = False
+                flags = 0
+        return bool(flags)
+
+    def expect_much(self) -> None:
+        """A job is going to write much to where nothing is yet."""
+        self._reserves = self._blocks is None and not self.readonly and worth_reserving(self._fd)
+
+    def _set_aside(self, offset: int, length: int) -> None:
+        """Have host space for a write before it comes; the write itself tells where there is none."""
+        try:
+            if fallocate(self._fd, KEEP_SIZE, offset, length):
+                return
+        except OSError:
+            pass
+        self._reserves = False
 
     def _write_direct(self, offset: int, length: int, buffers: Sequence[Buffer]) -> None:
         assert self._blocks is not None
@@ -773,6 +795,13 @@ def _open(filename: str, *, readonly: bool, direct: bool) -> int:
 def _ragged(buffers: Sequence[Buffer], mask: int) -> bool:
     """Whether any buffer's length is no multiple of the block."""
     return any(buffer.nbytes & mask for buffer in buffers)
+
+
+def _next_piece(offset: int, length: int, buffers: Sequence[Buffer], done: int) -> Sequence[Buffer]:
+    """What one system call writes when *done* bytes of a write are written."""
+    if done or length > WRITE_MAX:
+        buffers = cut(buffers, done, min(WRITE_MAX - (offset + done) % WRITE_MAX, length - done))
+    return buffers[:IOV_MAX] if len(buffers) > IOV_MAX else buffers
 
 
 def _preadv(fd: int, buffers: Sequence[Buffer], offset: int) -> int:

@@ -49,9 +49,13 @@ class Format(ABC):
     #: Bytes in which :meth:`zero` can be told about parts of a unit of allocation; None: there are no such parts.
     #: A range within one unit that starts or ends in the middle of it comes alone.
     zero_unit: int | None = None
-    #: Whether zeroing a part of a unit of allocation may become zeroing it whole where the rest reads as zeroes. Where
-    #: not, such parts are written, as QEMU does for all formats but QCOW2.
+    #: Whether zeroing a part of a unit of allocation may become zeroing it whole where the rest reads as zeroes, and
+    #: whether zeroes that :meth:`zero` cannot express are left out where the image reads as zeroes. Where not, both are
+    #: written like any other data, as QEMU does for all formats but QCOW2, and each unit gets its place.
     zero_parts: bool = True
+    #: Whether who is about to overwrite the whole image has :meth:`blank` empty it first. Where not, what is there stays
+    #: in its place and is overwritten.
+    emptied_first: bool = True
     #: Much space was set aside and never written: where the storage has holes, DATA reads as zeroes, and walks say so.
     sparse: bool = False
     #: Damage was found and told while requests were served; nothing more is written, and closing says no more.
@@ -133,6 +137,13 @@ class Format(ABC):
         Returns False where the format cannot say so; the core then writes zeroes.
         """
         return False
+
+    def blank(self, offset: int, length: int) -> bool:
+        """Make such a range read as zeroes with as little host space as can be: for who wants the image small.
+
+        Differs from :meth:`zero` where that has zeroes written since QEMU's driver writes them.
+        """
+        return self.zero(offset, length, unmap=True)
 
     def discard(self, offset: int, length: int) -> None:
         """Give back whole clusters. What the guest reads there afterwards must not be older data of a backing image."""

@@ -105,6 +105,8 @@ class Qcow2(Format):
         self._table_bits = store.geometry.guest_bits - store.geometry.unit_bits
         self._external = store.geometry.external
         self.zero_unit = 1 << self._unit_bits
+        # As in QEMU, whose driver knows no way to tell zeroes in version 2.
+        self.emptied_first = self.geometry.version >= 3
         self._decode = decoder(header.compression_type)
         self._encode = encoder(header.compression_type)
         self._writer: Writer | None = None

@@ -116,7 +116,7 @@ def make_zero(target: Node) -> bool:
     if isinstance(target, FormatNode):
         with target.quiesce() as driver:
             try:
-                return driver.zero(0, target.size, unmap=True)
+                return driver.emptied_first and driver.blank(0, target.size)
             except NotImplementedError:
                 return False
     if isinstance(target, RawNode) and type(target.file) is FileProtocol:
@@ -173,6 +173,10 @@ class _Conversion:
         planned = requests(
             self._runs(), self.target_size, grain=grain, step=step, zeroes=not self.zero_init or not options.sparse
         )
+        if not small and not options.compressed:
+            for storage in _storage([self.target]):
+                if type(storage) is FileProtocol:
+                    storage.expect_much()
         buffer_size = min(step, -(-self.target_size // SECTOR) * SECTOR or SECTOR)
         pipeline.run(
             planned,
