@@ -67,11 +67,11 @@ def _other(format: str) -> Callable[[Images], Path]:
 
 
 def _zlib(images: Images) -> Path:
-    return images.converted("zlib.qcow2", "qcow2", "-c", "-W", "-m", "16")
+    return images.converted("zlib.qcow2", "qcow2", "-c")
 
 
 def _zstd(images: Images) -> Path:
-    return images.converted("zstd.qcow2", "qcow2", "-c", "-W", "-m", "16", "-o", "compression_type=zstd")
+    return images.converted("zstd.qcow2", "qcow2", "-c", "-o", "compression_type=zstd")
 
 
 def _stream(images: Images) -> Path:

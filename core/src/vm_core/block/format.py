@@ -13,7 +13,7 @@ everything in it that was flushed; ``flush`` owns that order.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ImageError, UsageError
@@ -53,8 +53,8 @@ class Format(ABC):
     #: whether zeroes that :meth:`zero` cannot express are left out where the image reads as zeroes. Where not, both are
     #: written like any other data, as QEMU does for all formats but QCOW2, and each unit gets its place.
     zero_parts: bool = True
-    #: Whether who is about to overwrite the whole image has :meth:`blank` empty it first. Where not, what is there stays
-    #: in its place and is overwritten.
+    #: Whether who is about to overwrite the whole image has :meth:`blank` empty it first. Where not, what is there
+    #: stays in its place and is overwritten.
     emptied_first: bool = True
     #: Much space was set aside and never written: where the storage has holes, DATA reads as zeroes, and walks say so.
     sparse: bool = False
@@ -117,6 +117,10 @@ class Format(ABC):
         Called without the image's lock, so that threads decompress side by side: only read from storage here.
         """
         raise NotImplementedError
+
+    def read_specials(self, mappings: Sequence[Mapping]) -> Iterator[bytes]:
+        """:meth:`read_special` of each, in order; drivers that can read what adjoins at once override it."""
+        return map(self.read_special, mappings)
 
     # Writing. A driver that overrides none of these is read-only.
 

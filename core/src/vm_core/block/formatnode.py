@@ -24,6 +24,10 @@ for as long. Why that is enough:
 4. *Two writers never allocate the same cluster twice*: the second waits, then finds it in place.
 5. *Overlapping in-place writes* are not ordered. Neither are they by a disk.
 
+A *flush* holds a shared ticket on a byte that no request reaches: it keeps nobody waiting, and nobody it, but
+:meth:`FormatNode.quiesce`, which waits for all tickets and then keeps the mutex too. Whoever has quiesced the image may
+call the driver and the node alike; everybody else stands still, in front of the mutex.
+
 Order: a request takes tickets from the top of the graph downwards and at most one a node and level, so there is no
 cycle (see ``rangelock.py`` for the queueing). A ticket is never upgraded; a writer that finds it must allocate drops
 its shared ticket and asks anew for an exclusive one.
@@ -69,6 +73,8 @@ ZERO_STEP = 2 * 1024 * 1024
 CHANGE_STEP = 1 << 30
 #: Guest bytes that copy-on-read takes at once.
 COPY_STEP = 1 << 20
+#: What a flush locks: no request reaches so far, so that it keeps nobody waiting who does not want everything.
+FLUSHING = (EVERYTHING - 1, EVERYTHING)
 #: Heads and tails of zeroes longer than this are zeroed by the storage instead of written.
 ZERO_BY_STORAGE = PIECE
 
@@ -379,10 +385,7 @@ class FormatNode(ImageNode):
                 data = self._transform(found)
                 kept = (found.offset, data)
                 if len(data) <= KEPT_LENGTH:
-                    with self._mutex:
-                        self._kept[found.offset, found.offset + found.length] = data
-                        if len(self._kept) > KEPT_RUNS:
-                            self._kept.popitem(last=False)
+                    self._keep(found, data)
             origin, data = kept
             length = min(stop, origin + len(data)) - position
             scatter(
@@ -403,6 +406,14 @@ class FormatNode(ImageNode):
                 if start <= position < end:
                     return start, data
         return None
+
+    def _keep(self, run: Mapping, data: bytes) -> None:
+        with self._mutex:
+            if self._ranges.owned:
+                return  # whoever has quiesced the image may change this run next, and tells nobody
+            self._kept[run.offset, run.offset + run.length] = data
+            if len(self._kept) > KEPT_RUNS:
+                self._kept.popitem(last=False)
 
     def _forget(self, start: int, end: int) -> None:
         """Drop kept runs that overlap the range. Called with the mutex held."""
@@ -719,7 +730,9 @@ class FormatNode(ImageNode):
             with self._exclusive(*self._clusters(offset, length)):
                 self._zero_fine(offset, end, fine, unmap)
             return
-        start, stop = -(-offset // unit) * unit, end if end == size else end - end % unit
+        start = -(-offset // unit) * unit
+        # The image's last cluster counts as a whole one.
+        stop = end if end == size and self.format.zero_parts else end - end % unit
         if start >= stop:
             self._zero_part(offset, end, unmap)
         else:
@@ -771,7 +784,7 @@ class FormatNode(ImageNode):
 
     def _zero_edge(self, start: int, end: int, unit: int, size: int, unmap: bool) -> None:
         if not self.format.zero_parts:
-            self._write_allocating(start, end - start, zero_views(end - start))
+            self._store_zeroes(start, end - start, unmap)
             return
         first, last = start - start % unit, min(-(-end // unit) * unit, size)
         if self._reads_zero(first, start) and self._reads_zero(end, last):
@@ -784,16 +797,37 @@ class FormatNode(ImageNode):
         with self._mutex:
             if self.format.zero(start, end - start, unmap=unmap):
                 return
-        self._write_zeroes(start, end)
+        self._write_zeroes(start, end, unmap=unmap)
 
-    def _write_zeroes(self, start: int, end: int, *, even_zeroes: bool = False) -> None:
+    def _write_zeroes(self, start: int, end: int, *, even_zeroes: bool = False, unmap: bool = False) -> None:
         """Zeroes as data. The clusters are locked exclusively by the caller."""
         while start < end:
             step = min(end - start, ZERO_STEP - start % ZERO_STEP)
+            if not self.format.zero_parts:
+                self._store_zeroes(start, step, unmap)
             # Above a backing image zeroes are written even where that has zeroes too: it may not always.
-            if even_zeroes or self._backing is not None or not self._reads_zero(start, start + step):
+            elif even_zeroes or self._backing is not None or not self._reads_zero(start, start + step):
                 self._write_allocating(start, step, zero_views(step))
             start += step
+
+    def _store_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        """Zeroes that get their place like any other data. The clusters are locked exclusively by the caller.
+
+        The storage makes them where there is a place already, but not in an image that is in its file as the guest sees
+        it: there a hole would be told as one.
+        """
+        position, end = offset, offset + length
+        if not self.format.sparse:
+            with self._mutex:
+                runs = list(self.format.map(offset, length))
+            for run in runs:
+                if run.kind is Kind.DATA and run.writable and run.storage is not None:
+                    if position < run.offset:
+                        self._write_allocating(position, run.offset - position, zero_views(run.offset - position))
+                    run.storage.zero(run.host, run.length, unmap=unmap)
+                    position = run.offset + run.length
+        if position < end:
+            self._write_allocating(position, end - position, zero_views(end - position))
 
     @_as_block_errors
     def zero_fast(self, offset: int, length: int, *, unmap: bool = False) -> bool:
@@ -801,6 +835,8 @@ class FormatNode(ImageNode):
             raise self.read_only_error()
         if offset < 0 or offset + length > self.format.size:
             raise self._past_end()
+        if not self.format.zero_parts:
+            return False
         start, end = self._clusters(offset, length)
         inside = min(end, self.format.size)
         with self._exclusive(start, end):
@@ -809,6 +845,15 @@ class FormatNode(ImageNode):
                 return False
             with self._mutex:
                 return self.format.zero(start, inside - start, unmap=unmap and self.discard_unmap)
+
+    @_as_block_errors
+    def blank(self, offset: int, length: int) -> bool:
+        """Zero whole clusters (or what reaches the image's end) so that they take as little space as can be.
+
+        False, with nothing done, where that means to write zeroes.
+        """
+        with self._exclusive(*self._clusters(offset, length)), self._mutex:
+            return self.format.blank(offset, length)
 
     def _reads_zero(self, start: int, end: int) -> bool:
         """Whether metadata says that the range reads as zeroes. The range is locked by the caller."""
@@ -901,31 +946,37 @@ class FormatNode(ImageNode):
     def flush(self) -> None:
         if self.readonly:
             return
-        if self._watch is not None:
-            self._watch("flush_to_os")
-        self.format.file.flush()
-        for node in self.format.children().values():
-            node.flush()
         with self._mutex:
-            self.format.flush()
-        if self._watch is not None:
-            self._watch("flush_to_disk")
+            ticket = self._ranges.shared(*FLUSHING)
+        try:
+            if self._watch is not None:
+                self._watch("flush_to_os")
             self.format.file.flush()
+            for node in self.format.children().values():
+                node.flush()
+            with self._mutex:
+                self.format.flush()
+            if self._watch is not None:
+                self._watch("flush_to_disk")
+                self.format.file.flush()
+        finally:
+            self._ranges.release(ticket)
 
     @contextmanager
     def quiesce(self) -> Iterator[Format]:
         """Have the driver to oneself: every request is finished and new ones wait. For check, snapshots, resizing.
 
-        Call the driver as one likes inside, from this thread; do not read or write through the node.
+        Inside, call the driver and the node as one likes from this thread; another one that needs either waits.
         """
-        with self._exclusive(0, EVERYTHING):
+        with self._ranges.alone():
+            self._kept.clear()
             yield self.format
 
     @_as_block_errors
     def truncate(self, size: int) -> None:
         if self.readonly:
             raise self.read_only_error()
-        with self._exclusive(0, EVERYTHING), self._mutex:
+        with self.quiesce():
             former = self.format.size
             self.format.truncate(size)
         self._blank_gained(former, size)
@@ -934,7 +985,7 @@ class FormatNode(ImageNode):
         """Change what :meth:`.Format.amend` changes; the size may be among it."""
         if self.readonly:
             raise self.read_only_error()
-        with self._exclusive(0, EVERYTHING), self._mutex:
+        with self.quiesce():
             former = self.format.size
             self.format.amend(options, force=force, progress=progress)
             size = self.format.size
@@ -957,7 +1008,7 @@ class FormatNode(ImageNode):
         if self.readonly:
             raise self.read_only_error()
         unit, below = self.cluster_size, self._backing.size if self._backing is not None else 0
-        with self._exclusive(0, EVERYTHING), self._mutex:
+        with self.quiesce():
             former = self.format.size
             hidden = self.format.truncate_preallocated(size, mode, hide=below > former)
         gained = size if below > former and not hidden else min(size, -(-former // unit) * unit)
@@ -1014,17 +1065,27 @@ class FormatNode(ImageNode):
             return self.read_special(run)
         return self._transform(run)
 
+    def transform_each(self, runs: Sequence[Mapping]) -> Iterator[bytes]:
+        """:meth:`transform` of several runs, in order. Raises OSError."""
+        unit = self.format.special_unit or self.cluster_size
+        if any(run.offset % unit or run.length != unit for run in runs):
+            yield from map(self.transform, runs)
+            return
+        for data in self.format.read_specials(runs):
+            if len(data) != unit:
+                raise ImageError(self.filename, f"{self.driver}: {len(data)} bytes for a run of {unit}")
+            yield data
+
     def reopen(self, *, readonly: bool) -> None:
         if readonly == self.readonly:
             return
-        if readonly:
-            self.flush()
-        with self._exclusive(0, EVERYTHING):
-            if not readonly:
+        with self.quiesce():
+            if readonly:
+                self.flush()
+            else:
                 self.format.file.reopen(readonly=False)
             try:
-                with self._mutex:
-                    self.format.reopen(readonly=readonly)
+                self.format.reopen(readonly=readonly)
             except BaseException:
                 if not readonly:
                     self.format.file.reopen(readonly=True)
@@ -1037,8 +1098,8 @@ class FormatNode(ImageNode):
         """Change options of the driver while the image stays open. Raises VmError, with the image open as it was."""
         if self.remake is None:
             raise ImageError(self.filename, f"{self.driver}: options cannot be changed")
-        self.flush()
-        with self._exclusive(0, EVERYTHING), self._mutex:
+        with self.quiesce():
+            self.flush()
             readonly = self.format.readonly
             self.format, failure = self.remake(self.format, options)
             self.format.readonly = readonly

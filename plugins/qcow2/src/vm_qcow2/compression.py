@@ -61,7 +61,7 @@ def _deflater() -> Any:
         return zlib.compressobj
 
 
-def inflate(data: bytes, length: int) -> bytes:
+def inflate(data: bytes | memoryview, length: int) -> bytes:
     """Decompress raw deflate data with a window of at most 4 KiB into *length* bytes."""
     make, error_type = _inflater()
     try:
@@ -91,7 +91,7 @@ def _zstandard() -> Any:
     return zstandard
 
 
-def unzstd(data: bytes, length: int) -> bytes:
+def unzstd(data: bytes | memoryview, length: int) -> bytes:
     """Decompress a zstd frame into *length* bytes."""
     zstandard = _zstandard()
     try:
@@ -136,7 +136,7 @@ def zstd(data: bytes | memoryview) -> bytes | None:
     return result if len(result) < len(data) else None
 
 
-def decoder(compression_type: int) -> Callable[[bytes, int], bytes]:
+def decoder(compression_type: int) -> Callable[[bytes | memoryview, int], bytes]:
     """What decompresses (data, length of the result). *compression_type* is one of :data:`TYPES`."""
     return inflate if compression_type == 0 else unzstd
 

@@ -7,7 +7,8 @@ what reaches the disk is the business of ``order.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vm_core.block.format import BackingReference, Format, Progress
@@ -55,6 +56,8 @@ _KINDS = {
 }
 
 
+#: Bytes of adjoining compressed clusters that are read at once.
+READ_AT_ONCE = 256 * 1024
 #: Runs of an L2 table from which on they are taken for short ones.
 SHORT = 64
 
@@ -109,6 +112,8 @@ class Qcow2(Format):
         self.emptied_first = self.geometry.version >= 3
         self._decode = decoder(header.compression_type)
         self._encode = encoder(header.compression_type)
+        #: For :meth:`read_specials`, which several threads call.
+        self._read_buffers: list[bytearray] = []
         self._writer: Writer | None = None
         self._sparse: bool | None = None
         self._registered = False
@@ -557,14 +562,57 @@ class Qcow2(Format):
             from vm_core.sizes import human
 
             raise self.store.error(f"compressed cluster at {offset:#x} lies outside the file ({human(size)})")
+        return self._decoded(mapping, offset, self.file.pread(offset, min(length, size - offset)))
+
+    def _decoded(self, mapping: Mapping, offset: int, stored: bytes | memoryview) -> bytes:
         try:
-            data = self._decode(self.file.pread(offset, min(length, size - offset)), self.cluster_size)
+            data = self._decode(stored, self.cluster_size)
         except DecompressError as error:
             raise self.store.error(f"compressed cluster at {offset:#x} cannot be decompressed: {error}") from None
         start = mapping.offset & self.cluster_size - 1
         if start or mapping.length != len(data):
             return data[start : start + mapping.length]
         return data
+
+    def read_specials(self, mappings: Sequence[Mapping]) -> Iterator[bytes]:
+        """Compressed clusters that lie behind each other, as they were written, are read at once."""
+        try:
+            buffer = self._read_buffers.pop()
+        except IndexError:
+            buffer = bytearray(READ_AT_ONCE)
+        try:
+            number = 0
+            while number < len(mappings):
+                group = self._adjoining(mappings, number)
+                if len(group) < 2:
+                    yield self.read_special(mappings[number])
+                    number += 1
+                    continue
+                start, stop = group[0][0], max(group)[1]
+                with memoryview(buffer) as whole, whole[: stop - start] as stored:
+                    self.file.read(start, (stored,))
+                    for mapping, (offset, end) in zip(islice(mappings, number, None), group, strict=False):
+                        yield self._decoded(mapping, offset, stored[offset - start : end - start])
+                number += len(group)
+        finally:
+            self._read_buffers.append(buffer)
+
+    def _adjoining(self, mappings: Sequence[Mapping], number: int) -> list[tuple[int, int]]:
+        """Where the data of *mappings* from *number* on starts and ends, as long as it can be read at once."""
+        group: list[tuple[int, int]] = []
+        start = stop = 0
+        for mapping in islice(mappings, number, None):
+            if isinstance(mapping.token, Damage):
+                break
+            offset, length = self.geometry.compressed_extent(mapping.token)
+            end = offset + length
+            if not group:
+                start = stop = offset
+            if not start <= offset <= stop or end - start > READ_AT_ONCE or end > self.file.size:
+                break
+            stop = max(stop, end)
+            group.append((offset, end))
+        return group
 
     # Writing
 

@@ -205,16 +205,25 @@ class _Conversion:
     # Reading
 
     def _read(self, request: Request, buffer: bytearray) -> None:
-        where = request.offset
         try:
             with memoryview(buffer) as view:
-                for segment in request.segments:
-                    where = request.offset + segment.at
-                    read_segment(segment, view)
+                read_request(request, view)
         except OSError as error:
             if not self.options.salvage:
-                raise CopyError("reading", where, error) from None
+                raise self._read_error(request, buffer, error) from None
             self._salvage(request, buffer)
+
+    def _read_error(self, request: Request, buffer: bytearray, error: OSError) -> CopyError:
+        """What to say of a request that could not be read, with the part of it that was to blame."""
+        where = request.offset
+        with memoryview(buffer) as view:
+            for segment in request.segments:
+                try:
+                    read_segment(segment, view)
+                except OSError as found:
+                    where, error = request.offset + segment.at, found
+                    break
+        return CopyError("reading", where, error)
 
     def _salvage(self, request: Request, buffer: bytearray) -> None:
         """Read sector by sector; what cannot be read becomes zeroes."""

@@ -262,7 +262,9 @@ class _Planner:
             elif run.special is None:
                 self._segments.append(Segment(at, count, run.node, run.host + taken))
             else:
-                special = run.special._replace(offset=run.special.offset + taken, length=count)
+                special = run.special
+                if count != length:
+                    special = special._replace(offset=special.offset + taken, length=count)
                 self._segments.append(Segment(at, count, run.node, run.host + taken, special))
             taken += count
             self._filled += count
@@ -297,8 +299,26 @@ class _Planner:
 
 def read_request(request: Request, buffer: memoryview) -> None:
     """Fill the beginning of *buffer* with the request's bytes. Raises OSError."""
-    for segment in request.segments:
-        read_segment(segment, buffer)
+    segments = request.segments
+    number = 0
+    while number < len(segments):
+        first = segments[number]
+        stop = number + 1
+        if first.special is None:
+            read_segment(first, buffer)
+            number = stop
+            continue
+        # What adjoins may be read at once.
+        node, runs = first.node, [first.special]
+        while stop < len(segments) and (special := segments[stop].special) is not None and segments[stop].node is node:
+            runs.append(special)
+            stop += 1
+        assert isinstance(node, FormatNode)
+        at = first.at
+        for data in node.transform_each(runs):
+            buffer[at : at + len(data)] = data
+            at += len(data)
+        number = stop
 
 
 def read_segment(segment: Segment, buffer: memoryview) -> None:
