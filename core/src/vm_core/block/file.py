@@ -449,9 +449,9 @@ class FileProtocol(Protocol):
                 elif length < WRITE_LONG:
                     self._write_cached(offset, length, buffers)
                 else:
-                    if self._reserves and length >= RESERVE_LEAST:
-                        self._set_aside(offset, length)
                     with self._long_writes:
+                        if self._reserves and length >= RESERVE_LEAST:
+                            self._set_aside(offset, length)
                         self._write_cached(offset, length, buffers)
         except OSError as error:
             self._written = next(self._writes)

@@ -173,7 +173,7 @@ class _Conversion:
         planned = requests(
             self._runs(), self.target_size, grain=grain, step=step, zeroes=not self.zero_init or not options.sparse
         )
-        if not small and not options.compressed:
+        if not small and not options.compressed and options.backing < 0:
             for storage in _storage([self.target]):
                 if type(storage) is FileProtocol:
                     storage.expect_much()
