@@ -37,6 +37,7 @@ KNOWN_DRIVERS: dict[str, dict[str, str]] = {
         "luks": "vm-luks",
         "ova": "vm-vmdk",
         "parallels": "vm-parallels",
+        "preallocate": "vm-filters",
         "qcow": "vm-qcow",
         "qcow2": "vm-qcow2",
         "qed": "vm-qed",

@@ -24,6 +24,16 @@ def vm_format_drivers() -> list[FormatDriver]:
             capabilities=capabilities,
         ),
         FormatDriver(
+            name="preallocate",
+            summary="a file that grows gets host space in large pieces ahead of it",
+            implementation="vm_filters.preallocate:Preallocate",
+            capabilities=capabilities,
+            options=(
+                Option("prealloc-align", "size", "round the file's length up to this", default="1M", defining=True),
+                Option("prealloc-size", "size", "how much to set aside at once", default="128M", defining=True),
+            ),
+        ),
+        FormatDriver(
             name="throttle",
             summary="requests wait until the limits of a throttle group allow them",
             implementation="vm_filters.throttle:Throttle",
