@@ -14,7 +14,7 @@ from vm_core.block.formatnode import FormatNode
 from vm_core.block.open import create_image, open_node
 from vm_core.errors import ImageError
 from vm_core.testing.conformance import Sample
-from vm_core.testing.qemu import LONG, Qemu, QemuConformance, run
+from vm_core.testing.qemu import LONG, Qemu, QemuConformance, lockstep, run
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +91,19 @@ def test_both_write_in_turns(tmp_path: Path, backing: bool) -> None:
             assert node.pread(0, size) == model
         run("qemu-img", "convert", "-f", "qcow", "-O", "raw", path, tmp_path / "raw")
         assert (tmp_path / "raw").read_bytes() == model
+
+
+@pytest.mark.parametrize("backing", [False, True])
+@pytest.mark.parametrize("seed", range(20 if LONG else 2))
+def test_clusters_lie_where_the_peer_puts_them(tmp_path: Path, backing: bool, seed: int) -> None:
+    """The same writes, of zeroes too, and discards one by one give the same file, byte for byte."""
+    size = (18 << 20) + 512 * (seed % 2)
+    (tmp_path / "base").write_bytes(random.Random(seed).randbytes(5 << 20))
+    words = ["-b", "base", "-F", "raw"] if backing else []
+    for name in ("peer", "ours"):
+        run("qemu-img", "create", "-q", "-f", "qcow", *words, tmp_path / name, size)
+    lockstep(Qemu("qcow"), tmp_path / "ours", tmp_path / "peer", random.Random(seed))
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "peer").read_bytes()
 
 
 def test_compressed_clusters_are_read_by_qemu_img(tmp_path: Path) -> None:

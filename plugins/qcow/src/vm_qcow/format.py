@@ -28,13 +28,14 @@ if TYPE_CHECKING:
     from vm_core.block.node import Node
     from vm_core.block.open import OpenContext
 
+    from .encryption import Encryption
+
 COMPRESSED = 1 << 63
 MAX_L1 = (1 << 31) // 8
 MAX_BACKING_NAME = 1023
 #: L2 tables kept in memory, and those that may wait to be written.
 KEPT_TABLES = 256
 WAITING_TABLES = 64
-CRYPT_METHODS = ("none", "AES")
 
 
 class Header(Record):
@@ -48,14 +49,24 @@ class Header(Record):
     size: int = u64(24, doc="virtual size in bytes")
     cluster_bits: int = u8(32)
     l2_bits: int = u8(33, doc="entries of an L2 table, as a power of two")
-    crypt_method: int = u32(36, doc="0 none, 1 AES-128-CBC")
+    crypt_method: int = u32(36, doc="0 none, 1 AES")
     l1_table_offset: int = u64(40)
+
+
+def _unlock(file: Node, header: Header, options: dict[str, Any], context: OpenContext) -> Encryption | None:
+    """What encrypts the image, None where it is not encrypted; takes ``encrypt.*`` out of *options*."""
+    if not header.crypt_method and not any(name.startswith("encrypt.") for name in options):
+        return None
+    from .encryption import unlock
+
+    return unlock(file, bool(header.crypt_method), options, context)
 
 
 class Qcow(Format):
     """One open image."""
 
     backing_format_failure = "unrecognized backing format '{}'"
+    zero_parts = False
 
     def __init__(self, file: Node, header: Header, l1: array[int], name: str, readonly: bool) -> None:
         self.file = file
@@ -67,6 +78,8 @@ class Qcow(Format):
         self._l1_dirty = False
         self._tables: OrderedDict[int, array[int]] = OrderedDict()
         self._waiting: set[int] = set()
+        #: How guest data is encrypted, where it is.
+        self._encryption: Encryption | None = None
         #: Where the next table or cluster goes: nothing of the image lies behind.
         self._end = file.size
 
@@ -87,10 +100,9 @@ class Qcow(Format):
             raise bad("Cluster size must be between 512 and 64k")
         if not 6 <= header.l2_bits <= 13:
             raise bad("L2 table size must be between 512 and 64k")
-        if header.crypt_method:
-            if header.crypt_method > 1:
-                raise bad("invalid encryption method in qcow header")
-            raise bad("encryption (AES) is not supported in qcow images; it is in those of qcow2")
+        if header.crypt_method > 1:
+            raise bad("invalid encryption method in qcow header")
+        encryption = _unlock(file, header, options, context)
         span = header.cluster_bits + header.l2_bits
         count = -(-header.size >> span)
         if header.size >= 1 << 63 or count > MAX_L1:
@@ -106,6 +118,7 @@ class Qcow(Format):
             context.filename,
             context.readonly,
         )
+        self._encryption = encryption
         if header.backing_file_offset:
             if header.backing_file_size > MAX_BACKING_NAME:
                 raise bad("Backing file name too long")
@@ -119,6 +132,15 @@ class Qcow(Format):
     @property
     def size(self) -> int:
         return int(self._header.size)
+
+    @property
+    def encrypted(self) -> bool:  # type: ignore[override]
+        """Whether guest data is encrypted."""
+        return self._encryption is not None
+
+    def _storage(self, guest: int, host: int) -> Node:
+        """The node in which the bytes of the guest at *guest* lie at *host*."""
+        return self.file if self._encryption is None else self._encryption.storage(guest, host)
 
     # Tables
 
@@ -201,7 +223,7 @@ class Qcow(Format):
                     if entry % size:
                         raise ImageError(self._name, f"cluster at {offset:#x} has the unaligned offset {entry:#x}")
                     host = entry + (offset & (size - 1))
-                    yield Mapping(Kind.DATA, offset, stop - offset, self.file, host, writable)
+                    yield Mapping(Kind.DATA, offset, stop - offset, self._storage(offset, host), host, writable)
                 else:
                     yield Mapping(Kind.UNALLOCATED, offset, stop - offset)
             offset = stop
@@ -227,7 +249,8 @@ class Qcow(Format):
         end = offset + length
         for run in self.map(offset, length):
             if run.kind is Kind.DATA:
-                found.append(Allocation(run.offset, run.length, self.file, run.host, fresh=False))
+                assert run.storage is not None
+                found.append(Allocation(run.offset, run.length, run.storage, run.host, fresh=False))
                 continue
             position = run.offset - run.offset % size
             stop = -(-(run.offset + run.length) // size) * size
@@ -239,7 +262,10 @@ class Qcow(Format):
                 span = min(stop, border) - position
                 old = self._end
                 host = self._take(span)
-                found.append(Allocation(position, span, self.file, host, fresh=True, zeroed=host >= old))
+                storage = self._storage(position, host)
+                # Zeroes, too, are encrypted.
+                zeroed = host >= old and storage is self.file
+                found.append(Allocation(position, span, storage, host, fresh=True, zeroed=zeroed))
                 position += span
         assert found[-1].offset + found[-1].length >= end
         return found
@@ -311,12 +337,15 @@ class Qcow(Format):
 
     @classmethod
     def create(cls, file: Node, size: int, options: dict[str, Any]) -> None:
+        from .encryption import wanted
+
+        encrypted = wanted(options)
         backing = options.pop("backing_file", None)
         options.pop("backing_fmt", None)  # the format has no place for it
         if size <= 1:
             raise UsageError("Image size is too small, cannot be zero length")
         name = b""
-        header = Header(size=size, cluster_bits=12, l2_bits=9)
+        header = Header(size=size, cluster_bits=12, l2_bits=9, crypt_method=int(encrypted))
         position = Header.LENGTH
         if backing:
             name = str(backing).encode("utf-8", "surrogateescape")

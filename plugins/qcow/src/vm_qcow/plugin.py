@@ -21,6 +21,17 @@ def vm_format_drivers() -> list[FormatDriver]:
                 Option("size", "size", "Virtual disk size"),
                 Option("backing_file", "str", "File name of a base image"),
                 Option("backing_fmt", "str", "Format of the backing image"),
+                Option(
+                    "encryption",
+                    "bool",
+                    "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)",
+                ),
+                Option("encrypt.format", "str", "Encrypt the image, format choices: 'aes'"),
+                Option("encrypt.key-secret", "str", "ID of the secret that provides the AES encryption key"),
+            ),
+            options=(
+                Option("encrypt.format", "str", "How the image is encrypted: aes"),
+                Option("encrypt.key-secret", "str", "ID of the secret that provides the AES key", defining=True),
             ),
         )
     ]
