@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 
 from vm_core.block.formatnode import FormatNode
+from vm_core.block.jobs.compact import compact
 from vm_core.block.open import create_image, open_node
 from vm_core.errors import ImageError
+from vm_core.testing.compaction import judge
 from vm_core.testing.conformance import Sample
 from vm_core.testing.nodes import MemoryNode
-from vm_core.testing.qemu import LONG, Qemu, QemuConformance, run
+from vm_core.testing.qemu import LONG, Qemu, QemuConformance, lockstep, run
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +90,40 @@ def test_both_write_in_turns(tmp_path: Path) -> None:
         assert "No errors were found" in run("qemu-img", "check", "-f", "parallels", path)
         run("qemu-img", "convert", "-f", "parallels", "-O", "raw", path, tmp_path / "raw")
         assert (tmp_path / "raw").read_bytes() == model
+
+
+@pytest.mark.parametrize("cluster", ["64k", "1M", 1536])
+@pytest.mark.parametrize("seed", range(20 if LONG else 2))
+def test_clusters_lie_where_the_peer_puts_them(tmp_path: Path, cluster: str | int, seed: int) -> None:
+    """The same writes, of zeroes too, and discards one by one give the same file, byte for byte."""
+    size = (18 << 20) + 512 * (seed % 2)
+    for name in ("peer", "ours"):
+        run("qemu-img", "create", "-q", "-f", "parallels", "-o", f"cluster_size={cluster}", tmp_path / name, size)
+    lockstep(Qemu("parallels"), tmp_path / "ours", tmp_path / "peer", random.Random(seed))
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "peer").read_bytes()
+
+
+def test_compacting_gives_space_back(tmp_path: Path) -> None:
+    """Clusters of zeroes keep their places and give their host space back; the peer finds nothing wrong."""
+    path = tmp_path / "disk.hds"
+    create_image(str(path), "parallels", 8 << 20, {"cluster_size": 65536})
+    model = bytearray(random.Random(1).randbytes(4 << 20).ljust(8 << 20, b"\0"))
+    with open_node(str(path), format="parallels", readonly=False) as node:
+        node.pwrite(0, bytes(model[: 4 << 20]))
+        for start in range(65536, 4 << 20, 3 * 65536):
+            node.pwrite(start, bytes(65536))
+            model[start : start + 65536] = bytes(65536)
+    before = path.stat()
+    with open_node(str(path), format="parallels", readonly=False) as node:
+        told = compact(node, dry_run=True)
+        done = compact(node)
+        assert node.pread(0, 8 << 20) == model
+    after = path.stat()
+    assert told.zeroes == done.zeroes == 21 * 65536
+    assert done.moved is None
+    assert after.st_size == before.st_size
+    assert (before.st_blocks - after.st_blocks) * 512 > 20 * 65536
+    judge("parallels", path, path.read_bytes(), bytes(model))
 
 
 def _checked(image: bytearray, repair: str = "") -> tuple[dict[str, Any], MemoryNode]:

@@ -129,3 +129,17 @@ def test_plain_images_look_for_nothing(tmp_path: Path) -> None:
     create_image(str(tmp_path / "plain.vdi"), "vdi", 1 << 20)
     with open_node(str(tmp_path / "plain.vdi")) as node:
         assert node.backing is None
+
+
+def test_of_copies_the_unchanged_one_is_the_parent(tmp_path: Path) -> None:
+    """A copy with the same UUID that was changed does not stand in the parent's way, whatever its name."""
+    data = chain(tmp_path)
+    copy = build(b"x" * KIB, uuid=BASE, modified=b"\xdd" * 16)
+    (tmp_path / "a-copy.vdi").write_bytes(copy)
+    with open_node(str(tmp_path / "child.vdi")) as node:
+        assert node.backing is not None
+        assert node.backing.filename == str(tmp_path / "base.vdi")
+        assert node.pread(0, node.size) == data
+    (tmp_path / "base.vdi").unlink()
+    with pytest.raises(ImageError, match=r"the parent 'a-copy\.vdi' has been changed since"):
+        open_node(str(tmp_path / "child.vdi"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -170,3 +171,21 @@ def test_a_truncated_file_is_an_error_where_it_is_read(tmp_path: Path) -> None:
                 assert "lies outside the file" in str(error)  # noqa: PT017 - two of three
                 failures += 1
         assert failures == 2
+
+
+def test_a_map_of_the_same_block_is_refused_at_once(tmp_path: Path) -> None:
+    """Millions of entries that all name one block, which a file with a hole holds for nothing, take no memory."""
+    path = tmp_path / "disk.vdi"
+    create_image(str(path), "vdi", 100 << 20)
+    count = 8_000_000
+    head = bytearray(path.read_bytes()[:512])
+    struct.pack_into("<I", head, 344, 512 + 4 * count)
+    struct.pack_into("<I", head, 384, count)
+    with path.open("wb") as file:
+        file.write(head)
+        file.truncate(512 + 4 * count + (4 << 20))
+    open_node(str(path)).close()
+    moment = time.process_time()
+    with pytest.raises(ImageError, match=r"names more blocks than the file has room for \(4\)"):
+        open_node(str(path), readonly=False)
+    assert time.process_time() - moment < 5

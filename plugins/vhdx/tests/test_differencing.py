@@ -11,9 +11,13 @@ import pytest
 from vhdx_images import MIB, build, read_by_7zip, read_by_libvhdi
 
 from vm_core.block.extents import walk
+from vm_core.block.formatnode import FormatNode
 from vm_core.block.gate import Gate
 from vm_core.block.open import open_node
 from vm_core.errors import GateError, ImageError
+from vm_core.testing.nodes import MemoryNode
+from vm_vhdx import bitmaps
+from vm_vhdx.differencing import DifferencingVhdx
 
 BASE, CHILD, LEAF = b"\x11" * 16, b"\x22" * 16, b"\x33" * 16
 SIZE = 5 * MIB + 4096
@@ -144,3 +148,48 @@ def test_three_generations(tmp_path: Path) -> None:
     (tmp_path / "leaf.vhdx").write_bytes(build(data, 2 * MIB, chance, data_write=LEAF, parent=parent, absent=absent))
     with open_node(str(tmp_path / "leaf.vhdx")) as node:
         assert node.pread(0, SIZE) == data
+
+
+def test_bitmaps_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is on disk as it is gets forgotten, also while something else waits to be written."""
+    monkeypatch.setattr(bitmaps, "KEPT", 4)
+    chance = random.Random(7)
+    model = bytearray(chance.randbytes(40 * 4096))
+    file = MemoryNode(bytes(model))
+    kept = bitmaps.Bitmaps(file)
+    for step in range(400):
+        start = chance.randrange(len(model) - 5000)
+        assert kept.read(start, 5000) == model[start : start + 5000]
+        assert len(kept._clean) <= 4
+        if step % 3 == 0:
+            kept.mark(start, 3, 11)
+            bits = int.from_bytes(model[start : start + 2], "little") | 0b11111111111 << 3
+            model[start : start + 2] = bits.to_bytes(2, "little")
+        if kept.many:
+            for at, contents in kept.pending():
+                file.pwrite(at, contents)
+            kept.clean()
+        assert len(kept._dirty) <= 4
+    for at, contents in kept.pending():
+        file.pwrite(at, contents)
+    assert file.data() == model
+
+
+def test_what_waits_is_written_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where too much of it waits: nothing is lost, and the image is sound."""
+    monkeypatch.setattr(bitmaps, "KEPT", 0)
+    model = bytearray(chain(tmp_path))
+    chance = random.Random(7)
+    with open_node(str(tmp_path / "child.vhdx"), readonly=False) as node:
+        assert isinstance(node, FormatNode)
+        driver = node.format
+        assert isinstance(driver, DifferencingVhdx)
+        for _ in range(40):
+            offset = chance.randrange(SIZE - 9000)
+            data = chance.randbytes(chance.choice([1, 600, 9000]))
+            node.pwrite(offset, data)
+            model[offset : offset + len(data)] = data
+            assert not driver._bitmaps.dirty
+            assert node.pread(offset, 9000) == model[offset : offset + 9000]
+    with open_node(str(tmp_path / "child.vhdx")) as node:
+        assert node.pread(0, SIZE) == model

@@ -6,11 +6,12 @@ import struct
 from pathlib import Path
 
 import pytest
-from vhdx_images import MIB, build, guid, seal
+from vhdx_images import MIB, build, guid, locator, seal
 
 from vm_core.block.open import create_image, open_node
 from vm_core.errors import ImageError
 from vm_core.testing.qemu import Qemu
+from vm_vhdx.metadata import read_locator
 
 KIB = 1 << 10
 H1, H2, R1, R2 = 64 * KIB, 128 * KIB, 192 * KIB, 256 * KIB
@@ -197,3 +198,13 @@ def test_unknown_things_that_are_not_required(tmp_path: Path) -> None:
     damaged(path, patches)
     with open_node(str(path)) as node:
         assert node.size == 10 * MIB
+
+
+def test_a_locator_whose_values_lie_on_one_another(tmp_path: Path) -> None:
+    """A megabyte that unfolds to gigabytes of names is refused before."""
+    pairs = {"parent_linkage": "{x}", "relative_path": ".\\base.vhdx"}
+    entry = struct.pack("<IIHH", 512 * KIB, 512 * KIB, 0xFFFE, 0xFFFE)
+    data = bytearray(locator(pairs)[:18] + struct.pack("<H", 40_000) + entry * 40_000)
+    assert read_locator(locator(pairs), "x") == pairs
+    with pytest.raises(ImageError, match="lie on one another"):
+        read_locator(bytes(data.ljust(MIB, b"a")), "x")

@@ -106,6 +106,22 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
         assert node.pread(0, 1) == b"A"
 
 
+@pytest.mark.parametrize("name", ["image:a.raw", "file:a.raw", "nbd:a.raw", "json:{}"])
+@pytest.mark.parametrize("given", ["{}/d.vmdk", "d.vmdk", "file:d.vmdk"])
+def test_names_with_a_colon(tmp_path: Path, qemu: Qemu, monkeypatch: pytest.MonkeyPatch, name: str, given: str) -> None:
+    """An extent's name is a path beside the descriptor, even where it reads as a protocol."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "d.vmdk"
+    path.write_text(describe(f'RW 128 FLAT "{name}" 0'))
+    (tmp_path / "a.raw").write_bytes(b"B" * 65536)
+    with pytest.raises(ImageError, match="No such file or directory"):
+        open_node(given.format(tmp_path))
+    (tmp_path / name).write_bytes(b"A" * 65536)
+    assert qemu.read(path)[:1] == b"A"
+    with open_node(given.format(tmp_path)) as node:
+        assert node.pread(0, 1) == b"A"
+
+
 @pytest.mark.parametrize(
     "text",
     [

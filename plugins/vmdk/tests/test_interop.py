@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from vm_core.block.extents import walk
 from vm_core.block.mapping import Kind
 from vm_core.block.open import create_image, open_node
-from vm_core.testing.qemu import LONG, Qemu, take_turns
+from vm_core.testing.qemu import LONG, Qemu, lockstep, take_turns
 
 MIB = 1 << 20
 
@@ -61,32 +62,30 @@ def test_turns(tmp_path: Path, qemu: Qemu, options: dict[str, Any], ours: bool, 
     take_turns(qemu, path, bytearray(size), random.Random(seed), 40 if LONG else 8)
 
 
-@pytest.mark.parametrize("options", [one for one in VARIANTS if "Sparse" in one["subformat"]], ids=name)
+@pytest.mark.parametrize("backing", [False, True], ids=["alone", "backing"])
+@pytest.mark.parametrize("options", VARIANTS, ids=name)
 @pytest.mark.parametrize("seed", range(20 if LONG else 2))
-def test_grains_lie_where_the_peer_puts_them(tmp_path: Path, qemu: Qemu, options: dict[str, Any], seed: int) -> None:
-    """After the same writes, with the image opened anew between them, both images have the same bytes."""
-    chance = random.Random(seed)
+def test_grains_lie_where_the_peer_puts_them(
+    tmp_path: Path, qemu: Qemu, options: dict[str, Any], backing: bool, seed: int
+) -> None:
+    """After the same writes, of zeroes too, with the image opened anew between them, both have the same bytes."""
+    if backing and "monolithicSparse" not in options["subformat"]:
+        pytest.skip("the peer makes no others with a parent")
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     ours, theirs = tmp_path / "a/d.vmdk", tmp_path / "b/d.vmdk"
-    size = 90 * MIB
-    create_image(str(ours), "vmdk", size, options)
-    qemu.create(theirs, size, options)
-    for _ in range(4):
-        commands = []
-        with open_node(str(ours), readonly=False) as node:
-            for _ in range(12):
-                length = chance.choice([512, 4096, MIB, 3 * MIB + 512])
-                offset = chance.randrange(size - length) // 512 * 512
-                if "zeroed_grain" in options and chance.random() < 0.2:
-                    offset, length = offset // 65536 * 65536, max(length // 65536 * 65536, 65536)
-                    commands.append(f"write -z {offset} {length}")
-                    node.zero(offset, length)
-                    continue
-                value = chance.randrange(1, 256)
-                commands.append(f"write -P {value} {offset} {length}")
-                node.pwrite(offset, bytes([value]) * length)
-        qemu.io(theirs, *commands)
+    size = 90 * MIB + 512 * (seed % 2)
+    if backing:
+        base = tmp_path / "a/base.vmdk"
+        qemu.create(base, 50 * MIB)
+        qemu.io(base, "write -P 77 3M 30M")
+        shutil.copy(base, tmp_path / "b/base.vmdk")
+        for path in (ours, theirs):
+            qemu.create(path, size, {**options, "backing_file": "base.vmdk", "backing_fmt": "vmdk"})
+    else:
+        create_image(str(ours), "vmdk", size, options)
+        qemu.create(theirs, size, options)
+    lockstep(qemu, ours, theirs, random.Random(seed))
     for one in sorted((tmp_path / "a").iterdir()):
         mine, other = one.read_bytes(), (tmp_path / "b" / one.name).read_bytes()
         assert without_cid(mine) == without_cid(other), one.name
@@ -126,6 +125,29 @@ def test_streams_are_written_by_both(tmp_path: Path, qemu: Qemu, seed: int) -> N
             assert node.pread(0, size) == model[:size]
         assert qemu.read(path) == model[:size]
         qemu.sound(path)
+
+
+def test_zeroes_in_a_stream_are_grains(tmp_path: Path, qemu: Qemu) -> None:
+    """They are compressed like any others, once, and whole; where the peer puts them."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    ours, theirs = tmp_path / "a/d.vmdk", tmp_path / "b/d.vmdk"
+    for path in (ours, theirs):
+        qemu.create(path, MIB, {"subformat": "streamOptimized"})
+    with open_node(str(ours), readonly=False) as node:
+        node.zero(65536, 3 * 65536, unmap=True)
+        node.pwrite(0, b"\1" * 65536)
+        for offset, length in ((512, 512), (8 * 65536, 4096)):
+            with pytest.raises(OSError, match="Invalid argument"):
+                node.zero(offset, length)
+        with pytest.raises(OSError, match="Could not write to allocated cluster for streamOptimized"):
+            node.zero(65536, 65536)
+    qemu.io(theirs, "write -z -u 64k 192k", "write -P 1 0 64k")
+    assert qemu.read(ours) == b"\1" * 65536 + bytes(15 * 65536)
+    qemu.sound(ours)
+    with open_node(str(ours)) as one, open_node(str(theirs)) as two:
+        assert [run[:3] for run in walk(one)] == [run[:3] for run in walk(two)]
+        assert [run.host for run in one.map(0, MIB)] == [run.host for run in two.map(0, MIB)]
 
 
 @pytest.mark.parametrize("options", [{"subformat": "streamOptimized"}, {"subformat": "monolithicSparse"}], ids=name)

@@ -264,8 +264,7 @@ def test_extents_pass_the_gate(tmp_path: Path) -> None:
     folder.mkdir()
     path = folder / "d.vmdk"
     (folder / "link").symlink_to(outside)
-    for name in ("../secret", str(outside), "/dev/null", "nbd://localhost/x", "json:{}", "link"):
-        name = name.replace('"', "")
+    for name in ("../secret", str(outside), "/dev/null", "link"):
         path.write_text(describe(f'RW 128 FLAT "{name}" 0'))
         with pytest.raises(ImageError, match=r"extents\.0 '"):
             open_node(str(path))

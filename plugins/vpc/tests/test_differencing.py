@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import struct
@@ -11,12 +12,16 @@ import pytest
 from vhd_images import build, footer, locator, read_by_7zip, read_by_libvhdi, reseal
 
 from vm_core.block.extents import walk
+from vm_core.block.formatnode import FormatNode
 from vm_core.block.gate import Gate
+from vm_core.block.jobs.commit import commit
 from vm_core.block.open import open_node
 from vm_core.errors import GateError, ImageError
 from vm_core.testing.nodes import MemoryNode, RecordingNode
 from vm_core.testing.qemu import LONG
 from vm_core.testing.replay import power_cuts
+from vm_vpc import bitmaps
+from vm_vpc.differencing import DifferencingVpc
 
 BASE, CHILD, LEAF = b"\xaa" * 16, b"\xbb" * 16, b"\xcc" * 16
 SIZE = 3000 * 512
@@ -298,3 +303,92 @@ def test_a_parent_that_is_a_device_or_a_secret_is_not_read(tmp_path: Path) -> No
     with pytest.raises(ImageError) as caught:
         open_node(str(tmp_path / "child.vhd"))
     assert isinstance(caught.value, GateError) or "No such file" in str(caught.value)
+
+
+def test_blocks_on_the_parents_names_are_only_read(tmp_path: Path) -> None:
+    """A write to a block that lies on the names would put the guest's bytes in their place."""
+    chain(tmp_path)
+    path = tmp_path / "child.vhd"
+    image = bytearray(path.read_bytes())
+    (entry,) = struct.unpack_from(">I", image, 1536)
+    place = entry * 512 + 5120
+    (length,) = struct.unpack_from(">I", image, 512 + 576 + 8)
+    (offset,) = struct.unpack_from(">Q", image, 512 + 576 + 16)
+    image[place : place + length] = image[offset : offset + length]
+    struct.pack_into(">Q", image, 512 + 576 + 16, place)
+    reseal(image, 512, 1024, 36)
+    path.write_bytes(image)
+    with open_node(str(path)) as node:
+        assert node.backing is not None
+    with pytest.raises(ImageError, match="where metadata is"):
+        open_node(str(path), readonly=False)
+
+
+def test_bitmaps_take_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many blocks are read and written between two flushes: what waits is written, what is clean forgotten."""
+    model = bytearray(chain(tmp_path, 4096))
+    monkeypatch.setattr(bitmaps, "KEPT", 8 * 512)
+    chance = random.Random(7)
+    with open_node(str(tmp_path / "child.vhd"), readonly=False) as node:
+        assert isinstance(node, FormatNode)
+        driver = node.format
+        assert isinstance(driver, DifferencingVpc)
+        for _ in range(300):
+            offset = chance.randrange(SIZE - 9000)
+            if chance.random() < 0.3:
+                data = chance.randbytes(chance.choice([1, 600, 9000]))
+                node.pwrite(offset, data)
+                model[offset : offset + len(data)] = data
+            assert node.pread(offset, 9000) == model[offset : offset + 9000]
+            kept = driver.sector_bitmaps
+            assert len(kept._clean) <= 8
+            assert len(kept._dirty) <= 8
+    with open_node(str(tmp_path / "child.vhd")) as node:
+        assert node.pread(0, SIZE) == model
+
+
+def test_who_names_no_parent_is_given_one(tmp_path: Path) -> None:
+    """As the error says: with backing.file.filename the image opens."""
+    data = chain(tmp_path, 65536, ())
+    path = tmp_path / "child.vhd"
+    image = bytearray(path.read_bytes())
+    image[512 + 64 : 512 + 576] = bytes(512)
+    reseal(image, 512, 1024, 36)
+    path.write_bytes(image)
+    with pytest.raises(ImageError, match=r"names no parent: give backing\.file\.filename=PATH"):
+        open_node(str(path))
+    base = tmp_path / "base.vhd"
+    with open_node(f"driver=vpc,file.filename={path},backing.driver=vpc,backing.file.filename={base}") as node:
+        assert node.pread(0, SIZE) == data
+    open_node(str(path), gate=Gate.none()).close()
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    """Where everything that an image names may be opened, a name of something else is passed over."""
+    names = (locator(b"W2ru", "pipe.vhd"), locator(b"W2ku", "C:\\x\\base.vhd"))
+    data = chain(tmp_path, 65536, names)
+    os.mkfifo(tmp_path / "pipe.vhd")
+    with open_node(str(tmp_path / "child.vhd"), gate=Gate.follow()) as node:
+        assert node.pread(0, SIZE) == data
+
+
+def test_a_parent_that_is_no_file_may_be_committed_to(tmp_path: Path) -> None:
+    """It has no time of its last change that could be noted."""
+    chain(tmp_path)
+    image = bytearray((tmp_path / "child.vhd").read_bytes())
+    struct.pack_into(">I", image, 512 + 56, 77)
+    reseal(image, 512, 1024, 36)
+    base = open_node({"driver": "vpc", "file": MemoryNode((tmp_path / "base.vhd").read_bytes())}, readonly=False)
+    with open_node({"driver": "vpc", "file": MemoryNode(image), "backing": base}, readonly=False) as node:
+        commit(node, base)
+        assert node.pread(0, SIZE) == base.pread(0, SIZE)
+
+
+def test_zeroes_hide_a_parent_that_is_not_open(tmp_path: Path) -> None:
+    """Also where nothing below is looked at, zeroes are put into the image: once the parent is there they are seen."""
+    model = bytearray(chain(tmp_path))
+    with open_node(str(tmp_path / "child.vhd"), readonly=False, gate=Gate.none()) as node:
+        node.zero(0, SIZE // 2)
+    model[: SIZE // 2] = bytes(SIZE // 2)
+    with open_node(str(tmp_path / "child.vhd")) as node:
+        assert node.pread(0, SIZE) == model

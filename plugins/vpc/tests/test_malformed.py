@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -123,4 +124,29 @@ def test_overlaps_are_only_read(tmp_path: Path, entries: list[int], words: str) 
     damaged(path, (1536, struct.pack(">2I", *entries)), data=b"x" * 9 * MIB)
     open_node(str(path)).close()
     with pytest.raises(ImageError, match=words):
+        open_node(str(path), readonly=False)
+
+
+def test_a_table_of_the_same_block_is_refused_at_once(tmp_path: Path) -> None:
+    """Millions of entries that all name one place, which a file with a hole holds for nothing, take no memory."""
+    path = tmp_path / "disk.vhd"
+    damaged(path, (540, u32(8_000_000)))
+    with path.open("r+b") as file:
+        head = file.read(1536)
+        file.truncate(1536)
+        file.truncate(1536 + 4 * 8_000_000 + 8 * MIB)
+        file.seek(0, 2)
+        file.write(head[:512])
+    moment = time.process_time()
+    with pytest.raises(ImageError, match="names more blocks of 2097152 bytes than the file has room for"):
+        open_node(str(path))
+    assert time.process_time() - moment < 5
+
+
+def test_metadata_on_metadata_is_only_read(tmp_path: Path) -> None:
+    """A table that lies on the header would be written over it."""
+    path = tmp_path / "disk.vhd"
+    damaged(path, (528, u64(1024)), (1024, b"\xff" * 20))
+    open_node(str(path)).close()
+    with pytest.raises(ImageError, match="metadata at sector 2 lies on other metadata"):
         open_node(str(path), readonly=False)

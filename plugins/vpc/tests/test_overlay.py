@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from vhd_images import build, footer, read_by_7zip
+from vhd_images import build, footer, read_by_7zip, reseal
 
 from vm_core.block.gate import Gate
 from vm_core.block.open import create_image, open_node
@@ -157,3 +157,18 @@ def test_a_fixed_image_of_somebody_else(tmp_path: Path) -> None:
     with open_node(str(tmp_path / "child.vhd")) as node:
         assert node.pread(0, MIB) == expected
     assert read_by_7zip(tmp_path / "child.vhd") in (None, expected)
+
+
+def test_a_parent_whose_footer_lies_makes_no_huge_table(tmp_path: Path) -> None:
+    """A disk as large as its geometry says, whose other size is absurd: the overlay would need a table for that."""
+    image = bytearray(build(bytes(9 * MIB)))
+    for at in (0, len(image) - 512):
+        image[at + 28 : at + 32] = b"vpc "
+        struct.pack_into(">QHBB", image, at + 48, 1 << 52, 250, 4, 17)
+        reseal(image, at, 512, 64)
+    (tmp_path / "base.vhd").write_bytes(image)
+    with open_node(str(tmp_path / "base.vhd")) as node:
+        assert node.size == 250 * 4 * 17 * 512
+    with pytest.raises(UsageError, match=f"says {1 << 52} bytes, where a VHD image has"):
+        create_image(str(tmp_path / "child.vhd"), "vpc", None, {"backing_file": "base.vhd"})
+    assert not (tmp_path / "child.vhd").exists()

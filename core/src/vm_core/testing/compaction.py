@@ -1,8 +1,9 @@
-"""What compacting has to be for formats whose data lies in units of one size: tests of any such driver call these.
+"""What compacting has to be for formats whose data lies in units of one size: subclass :class:`CompactionTests`.
 
-def test_power_cuts(tmp_path):
-    image = scattered(tmp_path / "image", "vdi", {}, 1 << 20, seed=1)
-    survive(image, tolerated=("ERROR: allocated blocks mismatch",))
+class TestCompacting(CompactionTests):
+    driver = "vdi"
+    cases = (({}, 1 << 20),)
+    tolerated = ("ERROR: allocated blocks mismatch",)
 """
 
 from __future__ import annotations
@@ -197,3 +198,54 @@ def judge(driver: str, path: Path, data: bytes, model: bytes, *, check: bool = T
     if check:
         done = qemu.run("check", "-f", driver, path)
         assert done.returncode in (0, 63), done.stdout + done.stderr
+
+
+class CompactionTests:
+    """Three tests of a driver, on images of random contents, with the peer as a judge."""
+
+    driver: str = ""
+    #: Create options, and how large a unit is then.
+    cases: Sequence[tuple[dict[str, Any], int]] = ()
+    #: How many of them suffer power cuts.
+    cut: int | None = None
+    #: Beginnings of what the driver's check may say after a power cut.
+    tolerated: Sequence[str] = ()
+    #: The peer has to mend an image before it reads it after a power cut: it has a log.
+    repair: bool = False
+    #: Units of the image that is stopped at.
+    stop_units: int = 12
+
+    def pytest_generate_tests(self, metafunc: Any) -> None:
+        """Each test with each of its cases."""
+        if "case" in metafunc.fixturenames:
+            cases = self.cases[: self.cut] if metafunc.function.__name__ == "test_power_cuts" else self.cases
+            metafunc.parametrize("case", cases, ids=[str(options) for options, _ in cases])
+        if "seed" in metafunc.fixturenames:
+            metafunc.parametrize("seed", range(3))
+
+    def test_shorter(self, tmp_path: Path, case: tuple[dict[str, Any], int], seed: int) -> None:
+        """The file gets shorter, and holds the same for the peer too, which finds nothing wrong."""
+        options, unit = case
+        image = scattered(tmp_path / "made", self.driver, options, unit, seed=seed)
+        result, after = shrink(image)
+        assert result.moved is not None
+        assert result.length_before - result.length_after >= unit * 4
+        judge(self.driver, tmp_path / "image", after, image.model)
+
+    def test_power_cuts(self, tmp_path: Path, case: tuple[dict[str, Any], int]) -> None:
+        """At every write the image opens, is sound, and holds the same."""
+        options, unit = case
+        image = scattered(tmp_path / "made", self.driver, options, unit, units=14, seed=5)
+        path = tmp_path / "cut"
+        survive(
+            image,
+            portion=3 * unit,
+            tolerated=self.tolerated,
+            judge=lambda data: judge(self.driver, path, data, image.model, check=False, repair=self.repair),
+        )
+
+    def test_stopping(self, tmp_path: Path) -> None:
+        """Wherever it is stopped, the image is sound."""
+        options, unit = self.cases[0]
+        image = scattered(tmp_path / "made", self.driver, options, unit, units=self.stop_units, seed=3)
+        stop(image, portion=2 * unit)

@@ -1,8 +1,8 @@
 """qemu-img and qemu-io as the judges of an image format, for tests.
 
 :class:`Qemu` runs the tools, :func:`run` any program; :func:`take_turns` has an image written here and by the tools in
-turns; :func:`differences` compares two files; :class:`QemuConformance` is the conformance kit with the tools as its
-oracle.
+turns, :func:`lockstep` does the same to two images; :func:`differences` compares two files; :class:`QemuConformance` is
+the conformance kit with the tools as its oracle.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from vm_core.block.gate import Gate
 from vm_core.block.node import Node
 from vm_core.block.open import open_node
 
@@ -195,6 +196,39 @@ def take_turns(
             qemu.io(path, *commands)
             with ours(True) as node:
                 assert node.pread(0, size) == model, "read here: other bytes than the peer wrote"
+
+
+def lockstep(qemu: Qemu, ours: Path, theirs: Path, chance: random.Random, *, turns: int = 3, steps: int = 10) -> None:
+    """Do the same to two equal images, to one here and to the other by the peer, opened anew in each of *turns*.
+
+    Data and zeroes are written, and discarded what was: where that has to lie is what the images are compared for.
+    """
+
+    def opened(readonly: bool) -> Node:
+        spec = {"driver": qemu.format, "file": {"driver": "file", "filename": str(ours)}}
+        return open_node(spec, readonly=readonly, gate=Gate.follow())
+
+    with opened(True) as node:
+        size = node.size
+    for _ in range(turns):
+        commands = []
+        with opened(False) as node:
+            for _ in range(steps):
+                length = min(chance.choice([512, 4096, 65536, 1 << 20, chance.randrange(1, 8000) * 512]), size)
+                offset = chance.choice([size - length, *[chance.randrange(size - length + 1) for _ in range(6)]])
+                offset -= offset % chance.choice([512, 512, 65536, 1 << 20])
+                value, what = chance.randrange(1, 256), chance.random()
+                if what < 0.5:
+                    commands.append(f"write -P {value} {offset} {length}")
+                    node.pwrite(offset, bytes([value]) * length)
+                elif what < 0.85:
+                    unmap = what < 0.65
+                    commands.append(f"write -z {'-u' if unmap else ''} {offset} {length}")
+                    node.zero(offset, length, unmap=unmap)
+                else:
+                    commands.append(f"discard {offset} {length}")
+                    node.discard(offset, length)
+        qemu.io(theirs, *commands, options=("-d", "unmap"))
 
 
 class QemuConformance(FormatConformance):

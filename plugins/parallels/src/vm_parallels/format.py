@@ -54,6 +54,7 @@ class Parallels(Format):
 
     create_failure = "Failed to create Parallels image: {}"
     tells_clusters = False
+    zero_parts = False
 
     def __init__(self, file: Node, header: Header, bat: array[int], name: str, readonly: bool) -> None:
         self.file = file

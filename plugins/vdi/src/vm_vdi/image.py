@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from vm_core.block.open import OpenContext
     from vm_core.block.relocation import Relocation
 
+#: Blocks that an image may have lost with the end of its file and still be written to.
+_SPARE = 1000
 #: Entries of the block map in a sector.
 _PER_SECTOR = SECTOR // 4
 
@@ -48,8 +50,7 @@ class Vdi(Format):
         there = max(0, file.size - header.offset_bmap) // 4
         count = min(header.blocks_in_image, there)
         self._map: array[int] = load("I", file.pread(header.offset_bmap, 4 * count), "little")
-        #: What a block that is not here reads as.
-        self._absent = Kind.UNALLOCATED if header.differencing else Kind.ZERO
+        self._set_absent(header.differencing)
         #: Sectors of the block map that differ from those on disk.
         self._dirty: set[int] = set()
         #: Number of the next new block, and of those below it that were given back.
@@ -58,6 +59,13 @@ class Vdi(Format):
         self._known_end = file.size
         if not readonly:
             self._prepare_writing()
+
+    def _set_absent(self, differencing: bool) -> None:
+        #: What a block that is not here reads as.
+        self._absent = Kind.UNALLOCATED if differencing else Kind.ZERO
+        # QEMU has no differencing images, and writes zeroes into the others.
+        self.zero_parts = differencing
+        self.emptied_first = differencing or self.header.image_type == STATIC
 
     @classmethod
     def open(cls, file: Node, options: dict[str, Any], context: OpenContext) -> Vdi:
@@ -77,7 +85,14 @@ class Vdi(Format):
         if fault:
             raise self._error(f"{fault}: open it read-only")
         end = 0
-        for number, count, _ in sorted(places(self._map, ZERO, 1)):
+        room = max(0, self.file.size - self._data) // self.cluster_size
+        try:
+            runs_of_blocks = sorted(places(self._map, ZERO, 1, room + _SPARE))
+        except ValueError:
+            raise self._error(
+                f"the block map names more blocks than the file has room for ({room}): open it read-only"
+            ) from None
+        for number, count, _ in runs_of_blocks:
             if number < end:
                 raise self._error(f"the block map names block {number} twice: open it read-only")
             end = number + count
@@ -211,6 +226,12 @@ class Vdi(Format):
             self._next = self._free.pop()
 
     def zero(self, offset: int, length: int, *, unmap: bool) -> bool:
+        return self.zero_parts and self._zero(offset, length, unmap)
+
+    def blank(self, offset: int, length: int) -> bool:
+        return self._zero(offset, length, True)
+
+    def _zero(self, offset: int, length: int, unmap: bool) -> bool:
         unit = self.cluster_size
         for run in self.map(offset, length):
             if run.kind is Kind.DATA:
@@ -277,7 +298,7 @@ class Vdi(Format):
         self.flush()
         self._link(link, parent, DIFFERENCING if filename else DYNAMIC if header.differencing else header.image_type)
         self.backing_reference = BackingReference(filename, "vdi") if filename else None
-        self._absent = Kind.UNALLOCATED if filename else Kind.ZERO
+        self._set_absent(bool(filename))
 
     def _link(self, link: bytes, parent: bytes, kind: int) -> None:
         """Write the parent's UUIDs and the image's type, all in one sector."""

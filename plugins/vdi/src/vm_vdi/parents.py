@@ -41,19 +41,26 @@ def find_parent(header: Header, name: str, context: OpenContext) -> str:
             return False
         return True
 
+    changed: tuple[str, Header] | None = None
     for reference, found in _candidates(directory, own, allowed):
         if found.uuid_image != header.uuid_link:
             continue
-        # Who only asks for the name gets it.
-        if context.follow_backing and header.uuid_parent not in (NO_UUID, found.uuid_last_snap):
-            raise ImageError(
-                name,
-                f"the parent '{reference}' has been changed since (modification UUID "
-                f"{show_uuid(found.uuid_last_snap)} instead of {show_uuid(header.uuid_parent)}): "
-                f"backing.file.filename={reference} opens it all the same",
-            )
-        return reference
-    return missing
+        if header.uuid_parent in (NO_UUID, found.uuid_last_snap):
+            return reference
+        # A copy of it that was not changed may follow.
+        changed = changed or (reference, found)
+    if changed is None:
+        return missing
+    reference, found = changed
+    # Who only asks for the name gets it.
+    if context.follow_backing:
+        raise ImageError(
+            name,
+            f"the parent '{reference}' has been changed since (modification UUID "
+            f"{show_uuid(found.uuid_last_snap)} instead of {show_uuid(header.uuid_parent)}): "
+            f"backing.file.filename={reference} opens it all the same",
+        )
+    return reference
 
 
 def look_at(reference: str, image: str) -> tuple[Header, int]:

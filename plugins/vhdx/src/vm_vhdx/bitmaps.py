@@ -9,7 +9,7 @@ from vm_core.block.node import Node
 
 from .log import SECTOR
 
-#: Sectors of bitmaps that are kept although they are on disk as they are.
+#: Sectors of bitmaps that are kept although they are on disk as they are, and of those that wait to be written.
 KEPT = 1024
 
 
@@ -31,8 +31,9 @@ class Bitmaps:
 
     def __init__(self, file: Node) -> None:
         self._file = file
-        self._kept: OrderedDict[int, bytearray] = OrderedDict()
-        self._dirty: set[int] = set()
+        #: Those that are on disk as they are, the longest unused first.
+        self._clean: OrderedDict[int, bytearray] = OrderedDict()
+        self._dirty: dict[int, bytearray] = {}
 
     def read(self, start: int, length: int) -> bytes:
         """The bytes of bitmaps at *start* in the file."""
@@ -42,15 +43,23 @@ class Bitmaps:
 
     def cached(self, start: int, length: int) -> bool:
         """Whether :meth:`read` needs no reading."""
-        return all(at in self._kept for at in range(start // SECTOR * SECTOR, start + length, SECTOR))
+        sectors = range(start // SECTOR * SECTOR, start + length, SECTOR)
+        return all(at in self._clean or at in self._dirty for at in sectors)
 
     def _sector(self, at: int) -> bytearray:
-        found = self._kept.get(at)
+        found = self._dirty.get(at)
         if found is None:
-            found = self._kept[at] = bytearray(self._file.pread(at, SECTOR))
-            if len(self._kept) > KEPT and not self._dirty:
-                self._kept.popitem(last=False)
+            found = self._clean.get(at)
+            if found is None:
+                found = self._clean[at] = bytearray(self._file.pread(at, SECTOR))
+                self._trim()
+            else:
+                self._clean.move_to_end(at)
         return found
+
+    def _trim(self) -> None:
+        while len(self._clean) > KEPT:
+            self._clean.popitem(last=False)
 
     def clear(self, start: int, length: int) -> None:
         """No sector is in this image of those that the bytes at *start* tell about."""
@@ -68,20 +77,27 @@ class Bitmaps:
         while done < len(data):
             sector, within = divmod(start + done, SECTOR)
             some = min(SECTOR - within, len(data) - done)
-            self._sector(sector * SECTOR)[within : within + some] = data[done : done + some]
-            self._dirty.add(sector * SECTOR)
+            at = sector * SECTOR
+            found = self._dirty[at] = self._sector(at)
+            self._clean.pop(at, None)
+            found[within : within + some] = data[done : done + some]
             done += some
 
     @property
     def dirty(self) -> bool:
         return bool(self._dirty)
 
+    @property
+    def many(self) -> bool:
+        """So many wait to be written that they should be."""
+        return len(self._dirty) > KEPT
+
     def pending(self) -> list[tuple[int, bytes]]:
         """The sectors that have to be written, as (offset, contents)."""
-        return [(at, bytes(self._kept[at])) for at in sorted(self._dirty)]
+        return [(at, bytes(contents)) for at, contents in sorted(self._dirty.items())]
 
     def clean(self) -> None:
         """All of that is on disk."""
+        self._clean.update(self._dirty)
         self._dirty.clear()
-        while len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
+        self._trim()

@@ -36,6 +36,10 @@ from .table import FULLY_PRESENT, NOT_PRESENT, PARTIALLY_PRESENT, STATES, ZERO, 
 class DifferencingVhdx(Vhdx):
     """One open differencing image."""
 
+    #: QEMU has none.
+    zero_parts = True
+    emptied_first = True
+
     def __init__(
         self, file: Node, name: str, headers: Headers, log: Log, regions: list[Region], metadata: Metadata, table: Table
     ) -> None:
@@ -165,11 +169,16 @@ class DifferencingVhdx(Vhdx):
                 continue
             block, within = divmod(one.offset, unit)
             self._bitmaps.mark(self._bitmap(block), within // sector, one.length // sector)
+        if self._bitmaps.many:
+            self.flush()
 
     def abort(self, allocations: Sequence[Allocation]) -> None:
         unit = self.cluster_size
         # Other blocks are in the table, and there they stay.
         super().abort([one._replace(length=unit) for one in allocations if one.token is not None])
+
+    def blank(self, offset: int, length: int) -> bool:
+        return self.zero(offset, length, unmap=True)
 
     def zero(self, offset: int, length: int, *, unmap: bool) -> bool:
         unit, end = self.cluster_size, offset + length

@@ -35,6 +35,8 @@ class Vhdx(Format):
 
     create_failure = "Failed to write file signature: {}"
     peer_maps = False
+    zero_parts = False
+    emptied_first = False
 
     def __init__(
         self, file: Node, name: str, headers: Headers, log: Log, regions: list[Region], metadata: Metadata, table: Table
@@ -89,7 +91,8 @@ class Vhdx(Format):
         if metadata.has_parent:
             from .parents import find_parent
 
-            self.backing_reference = BackingReference(find_parent(metadata.locator, name, context), "vhdx")
+            reference = find_parent(metadata.locator, name, context)
+            self.backing_reference = BackingReference(reference, "vhdx") if reference else None
         if not self.readonly:
             self._prepare_writing()
         return self
@@ -214,11 +217,11 @@ class Vhdx(Format):
         while self._free and self._free[-1] + unit == self._end:
             self._end = self._free.pop()
 
-    def zero(self, offset: int, length: int, *, unmap: bool) -> bool:
+    def blank(self, offset: int, length: int) -> bool:
         for run in self.map(offset, length):
             if run.kind is Kind.DATA:
                 self._begin()
-                self.file.zero(run.host, run.length, unmap=unmap)
+                self.file.zero(run.host, run.length, unmap=True)
         return True
 
     def relocation(self) -> Relocation | None:

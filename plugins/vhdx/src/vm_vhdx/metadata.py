@@ -127,20 +127,25 @@ def read_metadata(file: Node, region: Region, name: str) -> Metadata:
         if guids.PARENT_LOCATOR not in entries:
             raise invalid(name, "a differencing image without a parent locator")
         entry = entries[guids.PARENT_LOCATOR]
-        locator = _read_locator(file.pread(region.offset + entry.offset, entry.length), name)
+        locator = read_locator(file.pread(region.offset + entry.offset, entry.length), name)
     return Metadata(block, size // 512 * 512, sector, has_parent, locator)
 
 
-def _read_locator(data: bytes, name: str) -> dict[str, str]:
+def read_locator(data: bytes, name: str) -> dict[str, str]:
+    """Keys and values of a parent locator. Raises ImageError."""
     header = LocatorHeader.parse(data)
     if header.kind != guids.VHDX_LOCATOR:
         raise unsupported(name, f"a parent locator of unknown type: {guids.show(header.kind)}")
     found: dict[str, str] = {}
+    room = len(data)
     for index in range(header.count):
         at = LocatorHeader.LENGTH + index * LocatorEntry.LENGTH
         if at + LocatorEntry.LENGTH > len(data):
             raise invalid(name, f"a parent locator of {header.count} entries does not fit its {len(data)} bytes")
         entry = LocatorEntry.parse(data, at)
+        room -= LocatorEntry.LENGTH + entry.key_length + entry.value_length
+        if room < 0:
+            raise invalid(name, f"keys and values of a parent locator of {len(data)} bytes lie on one another")
         key = data[entry.key_offset : entry.key_offset + entry.key_length]
         value = data[entry.value_offset : entry.value_offset + entry.value_length]
         found[key.decode("utf-16-le", "replace")] = value.decode("utf-16-le", "replace")

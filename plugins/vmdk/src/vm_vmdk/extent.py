@@ -58,13 +58,21 @@ class Extent:
         """The data of a fresh allocation is there."""
         raise NotImplementedError
 
-    def zero(self, offset: int, stop: int, *, unmap: bool) -> None:
-        """Make a range of whole grains zeroes; only where :attr:`zeroes` says that this can be done."""
+    def zero(self, offset: int, stop: int) -> None:
+        """Make a range of whole grains zeroes; only where :meth:`can_zero` says that this can be done."""
         raise NotImplementedError
 
     def can_zero(self, offset: int, stop: int) -> bool:
         """Whether :meth:`zero` does that range."""
         return False
+
+    def blank(self, offset: int, stop: int) -> None:
+        """The same with as little space as can be; only where :meth:`can_blank` says that this can be done."""
+        self.zero(offset, stop)
+
+    def can_blank(self, offset: int, stop: int) -> bool:
+        """Whether :meth:`blank` does that range."""
+        return self.can_zero(offset, stop)
 
     def empty(self) -> None:
         """Forget all data. Raises BlockError where that cannot be."""
@@ -117,12 +125,12 @@ class FlatExtent(Extent):
         assert self.file is not None
         yield Allocation(self.start + offset, stop - offset, self.file, self.offset + offset, False)
 
-    def can_zero(self, offset: int, stop: int) -> bool:
-        return True
+    def can_blank(self, offset: int, stop: int) -> bool:
+        return not self.readonly
 
-    def zero(self, offset: int, stop: int, *, unmap: bool) -> None:
+    def blank(self, offset: int, stop: int) -> None:
         assert self.file is not None
-        self.file.zero(self.offset + offset, stop - offset, unmap=unmap)
+        self.file.zero(self.offset + offset, stop - offset, unmap=True)
 
 
 class ZeroExtent(Extent):
@@ -143,7 +151,7 @@ class ZeroExtent(Extent):
     def can_zero(self, offset: int, stop: int) -> bool:
         return True
 
-    def zero(self, offset: int, stop: int, *, unmap: bool) -> None:
+    def zero(self, offset: int, stop: int) -> None:
         """They are."""
 
 

@@ -61,6 +61,7 @@ class Vmdk(Format):
     """One open image."""
 
     backing_format_failure = "backing_file must be a vmdk image"
+    zero_parts = False
 
     def __init__(
         self, file: Node, name: str, descriptor: Descriptor, place: int, extents: Sequence[Extent], *, readonly: bool
@@ -87,6 +88,7 @@ class Vmdk(Format):
         self.special_unit = max([extent.grain for extent in self.extents if extent.compressed], default=None)
         self.compressed_only = any(extent.compressed for extent in self.extents)
         self.sparse = all(isinstance(extent, FlatExtent) for extent in self.extents) and bool(self.extents)
+        self.emptied_first = self.sparse
 
     # Opening
 
@@ -204,7 +206,16 @@ class Vmdk(Format):
             return False
         self._touch()
         for extent, start, stop in parts:
-            extent.zero(start, stop, unmap=unmap)
+            extent.zero(start, stop)
+        return True
+
+    def blank(self, offset: int, length: int) -> bool:
+        parts = list(at(self.extents, self._starts, offset, length))
+        if not all(extent.can_blank(start, stop) for extent, start, stop in parts):
+            return False
+        self._touch()
+        for extent, start, stop in parts:
+            extent.blank(start, stop)
         return True
 
     def encode(self, offset: int, data: bytes | memoryview) -> bytes | None:

@@ -418,7 +418,7 @@ class SparseExtent(Extent):
     def can_zero(self, offset: int, stop: int) -> bool:
         return self.zeroed and offset % self.grain == 0 and (stop % self.grain == 0 or stop == self.length)
 
-    def zero(self, offset: int, stop: int, *, unmap: bool) -> None:
+    def zero(self, offset: int, stop: int) -> None:
         if self.tables.full:
             self.tables.write_back()
         first, last = offset // self.grain, -(-stop // self.grain)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from vm_core.block.node import Node
 
-#: Bytes of bitmaps that are kept although they are on disk as they are.
+#: Bytes of bitmaps that are kept although they are on disk as they are, and of those that wait to be written.
 KEPT = 4 << 20
 
 
@@ -43,39 +43,52 @@ class Bitmaps:
         """*length* is that of each, in bytes."""
         self._file = file
         self._length = length
-        self._kept: OrderedDict[int, bytearray] = OrderedDict()
-        #: Those that differ from the disk.
-        self.dirty: set[int] = set()
+        #: Those that are on disk as they are, the longest unused first.
+        self._clean: OrderedDict[int, bytearray] = OrderedDict()
+        self._dirty: dict[int, bytearray] = {}
 
     def get(self, start: int) -> bytearray:
         """The bitmap of the block at *start*."""
-        found = self._kept.get(start)
+        found = self._dirty.get(start)
         if found is None:
-            found = self._kept[start] = bytearray(self._file.pread(start, self._length))
-            if len(self._kept) * self._length > KEPT and not self.dirty:
-                self._kept.popitem(last=False)
+            found = self._clean.get(start)
+            if found is None:
+                found = self._clean[start] = bytearray(self._file.pread(start, self._length))
+                self._trim()
+            else:
+                self._clean.move_to_end(start)
         return found
+
+    def _trim(self) -> None:
+        while len(self._clean) * self._length > KEPT:
+            self._clean.popitem(last=False)
 
     def cached(self, start: int) -> bool:
         """Whether :meth:`get` needs no reading."""
-        return start in self._kept
+        return start in self._dirty or start in self._clean
 
     def new(self, start: int) -> None:
         """The block at *start* is new: no sector is in it."""
-        self._kept[start] = bytearray(self._length)
-        self.dirty.add(start)
+        self._clean.pop(start, None)
+        self._dirty[start] = bytearray(self._length)
 
     def mark(self, start: int, first: int, count: int) -> None:
         """Sectors are now in the block."""
-        set_bits(self.get(start), first, count)
-        self.dirty.add(start)
+        found = self._dirty[start] = self.get(start)
+        self._clean.pop(start, None)
+        set_bits(found, first, count)
+
+    @property
+    def many(self) -> bool:
+        """So many wait to be written that they should be."""
+        return len(self._dirty) * self._length > KEPT
 
     def pending(self) -> list[tuple[int, bytearray]]:
         """What has to be written, by position."""
-        return [(start, self._kept[start]) for start in sorted(self.dirty)]
+        return sorted(self._dirty.items())
 
     def clean(self) -> None:
         """All of that is on disk."""
-        self.dirty.clear()
-        while len(self._kept) * self._length > KEPT:
-            self._kept.popitem(last=False)
+        self._clean.update(self._dirty)
+        self._dirty.clear()
+        self._trim()

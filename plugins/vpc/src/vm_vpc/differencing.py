@@ -47,7 +47,7 @@ class DifferencingVpc(Vpc):
         self.sectors = sectors
         self.readonly = readonly
         self.cluster_size = SECTOR
-        self.table = Table(file, name, footer, header, _locators_end(raw, file.size))
+        self.table = Table(file, name, footer, header, _locator_places(raw, file.size))
         if not readonly:
             self.table.prepare_writing()
         self.sector_bitmaps = Bitmaps(file, self.table.bitmap_size)
@@ -61,7 +61,7 @@ class DifferencingVpc(Vpc):
         from .parents import find_parent
 
         reference = find_parent(self.file, self.header, self._raw, self.name, context)
-        self.backing_reference = BackingReference(reference, "vpc")
+        self.backing_reference = BackingReference(reference, "vpc") if reference else None
 
     def map(self, offset: int, length: int) -> Sequence[Mapping]:
         unit, entries = self.table.block_size, self.table.entries
@@ -145,6 +145,8 @@ class DifferencingVpc(Vpc):
                 self.sector_bitmaps.new(host)
             self.sector_bitmaps.mark(table.entries[index] * SECTOR, within // SECTOR, one.length // SECTOR)
             self._changed = True
+        if self.sector_bitmaps.many:
+            self.flush()
 
     def flush(self) -> None:
         if self.readonly:
@@ -189,6 +191,7 @@ class DifferencingVpc(Vpc):
             self.footer.data_offset = former
             raise
         self.header, self._raw = header, raw
+        self.table.others += _locator_places(raw, self.file.size)
         self.backing_reference = BackingReference(filename, "vpc")
         self.table.rewrite_footer()
 
@@ -202,7 +205,10 @@ class DifferencingVpc(Vpc):
             return
         if self.header.parent_timestamp in (0, parent.footer.timestamp):
             return  # that of whoever made the image
-        now = changed(parent.file.filename)
+        try:
+            now = changed(parent.file.filename)
+        except OSError:
+            return  # it is no file: who opens the image next is told that the parent may have been changed
         if now == self.header.parent_timestamp:
             return
         raw = bytearray(self._raw)
@@ -229,7 +235,7 @@ class DifferencingVpc(Vpc):
         self.flush()
 
 
-def _locators_end(raw: bytes, size: int) -> int:
-    """Where the parent locators end that lie in the file of *size* bytes."""
-    ends = [locator.offset + locator.length for locator in locators(raw)]
-    return max((end for end in ends if end <= size), default=0)
+def _locator_places(raw: bytes, size: int) -> list[tuple[int, int]]:
+    """Offset and length of the parent locators that lie in the file of *size* bytes."""
+    found = [(locator.offset, locator.length) for locator in locators(raw)]
+    return [(offset, length) for offset, length in found if offset + length <= size]

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 class DynamicVpc(Vpc):
     """One open dynamic image."""
 
+    emptied_first = False
+
     def __init__(
         self, file: Node, name: str, footer: Footer, header: DynamicHeader, sectors: int, *, readonly: bool
     ) -> None:
@@ -92,10 +94,10 @@ class DynamicVpc(Vpc):
     def abort(self, allocations: Sequence[Allocation]) -> None:
         self.table.give_back([one.host - self.table.bitmap_size for one in allocations])
 
-    def zero(self, offset: int, length: int, *, unmap: bool) -> bool:
+    def blank(self, offset: int, length: int) -> bool:
         for run in self.map(offset, length):
             if run.kind is Kind.DATA:
-                self.file.zero(run.host, run.length, unmap=unmap)
+                self.file.zero(run.host, run.length, unmap=True)
         return True
 
     def flush(self) -> None:

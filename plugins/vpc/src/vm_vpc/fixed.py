@@ -41,8 +41,8 @@ class FixedVpc(Vpc):
     def allocate(self, offset: int, length: int) -> Sequence[Allocation]:
         return (Allocation(offset, length, self.file, offset, False),)
 
-    def zero(self, offset: int, length: int, *, unmap: bool) -> bool:
-        self.file.zero(offset, length, unmap=unmap)
+    def blank(self, offset: int, length: int) -> bool:
+        self.file.zero(offset, length, unmap=True)
         return True
 
     def reopen(self, *, readonly: bool) -> None:

@@ -37,6 +37,7 @@ class Vpc(Format):
     """What ``open`` and ``create`` have in common; open images are of a class for their kind."""
 
     create_failure = "Unable to create or write VHD header"
+    zero_parts = False
 
     file: Node
     name: str

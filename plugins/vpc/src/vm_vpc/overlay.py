@@ -27,7 +27,7 @@ from .footer import (
     Locator,
     with_locators,
 )
-from .geometry import QEMU, QEMU_BY_SIZE, geometry_for
+from .geometry import MAX_SECTORS, QEMU, QEMU_BY_SIZE, geometry_for
 
 
 class Parent(NamedTuple):
@@ -77,6 +77,11 @@ def create_overlay(file: Node, size: int, reference: str) -> None:
     if size != whole and geometry_for(-(-size // SECTOR)).total * SECTOR != whole:
         raise other_size(reference, whole, size)
     by_geometry = below.cylinders * below.heads * below.sectors * SECTOR == whole
+    if below.current_size > MAX_SECTORS * SECTOR:
+        raise UsageError(
+            f"the footer of '{reference}' says {below.current_size} bytes, where a VHD image has "
+            f"{MAX_SECTORS * SECTOR} at the most"
+        )
     footer = Footer(
         cookie=COOKIE,
         data_offset=FOOTER_LENGTH,

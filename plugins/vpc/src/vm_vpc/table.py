@@ -17,7 +17,7 @@ costs space that nobody uses.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from vm_core.block.node import Node
@@ -29,6 +29,8 @@ from .image import truncated
 
 #: An entry of the table that names no block.
 UNUSED = 0xFFFFFFFF
+#: Blocks lying on one another that an image may have and still be read.
+SPARE = 1000
 #: Entries in a sector of the table.
 _PER_SECTOR = SECTOR // 4
 
@@ -43,8 +45,18 @@ class Space(NamedTuple):
 class Table:
     """The table in memory, the end of the blocks, and writing back."""
 
-    def __init__(self, file: Node, name: str, footer: Footer, header: DynamicHeader, metadata: int = 0) -> None:
-        """Read the table and check it. Nothing is put below *metadata*, nor on the headers. Raises ImageError."""
+    def __init__(
+        self,
+        file: Node,
+        name: str,
+        footer: Footer,
+        header: DynamicHeader,
+        others: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """Read the table and check it. Raises ImageError.
+
+        *others* are further places (offset, length) of metadata, which lie in the file.
+        """
         self.file = file
         self.name = name
         self.footer = footer
@@ -56,9 +68,9 @@ class Table:
         self.bitmap_size = -(-header.block_size // (8 * SECTOR * SECTOR)) * SECTOR
         #: Bytes of a block with its bitmap.
         self.stride = self.bitmap_size + self.block_size
-        table_end = self.offset + 4 * count
+        self.others = list(others)
         #: Where the next block goes.
-        self.end = -(-max(table_end, footer.data_offset + HEADER_LENGTH, metadata) // SECTOR) * SECTOR
+        self.end = max(last for _, last in self.metadata) * SECTOR
         #: Where it goes where there are no blocks.
         self._first = self.end
         for start, length in self._places():
@@ -80,6 +92,11 @@ class Table:
         footer = footer_at_end(self.file)
         self._moved = footer is None or not sealed(footer[1], 64)
         metadata = self.metadata
+        for place, (first, last) in enumerate(metadata[:3]):
+            if any(first < stop and start < last for start, stop in metadata[:place]):
+                raise ImageError(
+                    self.name, f"the metadata at sector {first} lies on other metadata: open the image read-only"
+                )
         step = self.stride // SECTOR
         end = 0
         for start, length in sorted(self._places()):
@@ -91,16 +108,28 @@ class Table:
 
     @property
     def metadata(self) -> tuple[tuple[int, int], ...]:
-        """The (first, last and one) sectors of the footer's copy, the header and the table, wherever they are."""
+        """The (first, last and one) sectors of the footer's copy, the header, the table, and what else there is."""
         return (
             (0, 1),
             _sectors(self.footer.data_offset, HEADER_LENGTH),
             _sectors(self.offset, 4 * len(self.entries)),
+            *[_sectors(offset, length) for offset, length in self.others],
         )
 
     def _places(self) -> list[tuple[int, int]]:
-        """Runs of blocks one behind the other: the first one's sector, how many."""
-        return [(start, length) for start, length, _ in places(self.entries, UNUSED, self.stride // SECTOR)]
+        """Runs of blocks one behind the other: the first one's sector, how many.
+
+        Raises ImageError where there are more than the file has room for.
+        """
+        most = self.file.size // self.stride + SPARE
+        try:
+            return [(start, length) for start, length, _ in places(self.entries, UNUSED, self.stride // SECTOR, most)]
+        except ValueError:
+            raise ImageError(
+                self.name,
+                f"the block allocation table at {self.offset:#x} names more blocks of {self.block_size} bytes than the "
+                f"file has room for ({self.file.size} bytes)",
+            ) from None
 
     def _damaged(self, what: str) -> ImageError:
         return ImageError(self.name, f"the block allocation table names {what}: open it read-only")
