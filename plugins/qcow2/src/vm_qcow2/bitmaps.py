@@ -524,7 +524,7 @@ class Bitmaps:
                 image.allocator.free_now(offset >> bits, count)
         image.refcounts.settle()
         for cluster in discards:
-            image.file.discard(cluster << bits, image.cluster_size)
+            image.store.discard(cluster << bits, image.cluster_size)
 
 
 def _possible(image: Qcow2, record: DirectoryEntry, bitmap: Bitmap) -> bool:

@@ -569,7 +569,7 @@ class _Checker:
                 last = cluster
                 continue
             if first >= 0:
-                self.store.file.discard(first << bits, last - first + 1 << bits)
+                self.store.discard(first << bits, last - first + 1 << bits)
             first = last = cluster
         self.image.allocator.lower(clusters[0])
 

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from vm_core.block.structs import Record, u64
 from vm_core.crypto import luks, secrets
-from vm_core.crypto.ciphers import NoKey, SectorCipher, Suite, sector_cipher
+from vm_core.crypto.ciphers import NoKey, SectorCipher
+from vm_core.crypto.legacy import NO_KEY, chosen_method
+from vm_core.crypto.legacy import cipher as legacy_cipher
 from vm_core.crypto.storage import CryptNode
 from vm_core.errors import ImageError, UsageError
 
@@ -33,9 +35,7 @@ if TYPE_CHECKING:
 METHODS = {"aes": 1, "luks": 2}
 NAMES = {number: word for word, number in METHODS.items()}
 
-NO_KEY = "Parameter 'encrypt.key-secret' is required for cipher"
 _SECTOR = 512
-_AES_KEY = 16
 
 
 class HeaderPointer(Record, order="big"):
@@ -140,17 +140,12 @@ def unlock(
         raise UsageError(NO_KEY)
     passphrase = b"" if context is None or described else context.passphrase(key_secret)
     if method == "aes":
-        return Encryption(method, NoKey(name) if described else _aes(passphrase), None, key_secret)
+        return Encryption(method, NoKey(name) if described else legacy_cipher(passphrase), None, key_secret)
     if pointer is None:
         raise ImageError(name, "Missing CRYPTO header for crypt method 2")
     found_luks = luks.Luks.read(HeaderArea(file, pointer, name), name)
     cipher = NoKey(name) if described else found_luks.cipher(found_luks.unlock(passphrase, name))
     return Encryption(method, cipher, found_luks, key_secret)
-
-
-def _aes(passphrase: bytes) -> SectorCipher:
-    """The old method's cipher: as much of the passphrase as there is room for is the key."""
-    return sector_cipher(Suite("aes-128", "cbc", "plain64"), passphrase[:_AES_KEY].ljust(_AES_KEY, b"\0"))
 
 
 # New images
@@ -173,14 +168,9 @@ class Plan:
 
 def plan(options: dict[str, Any]) -> Plan | None:
     """Take ``encryption`` and ``encrypt.*`` out of the create *options*; None: no encryption. Raises UsageError."""
-    old = options.pop("encryption", None)
+    method = chosen_method(options)
     given = {name: options.pop(name) for name in sorted(options) if name.startswith("encrypt.")}
     given = {name: value for name, value in given.items() if value is not None}
-    method = given.pop("encrypt.format", None)
-    if old is not None and method is not None:
-        raise UsageError("'encrypt.format' and its alias 'encryption' can't be used at the same time")
-    if old:
-        method = "aes"
     if method is None:
         if given:
             raise UsageError(f"Parameter 'encrypt.format' is missing: one of {', '.join(METHODS)}").put(

@@ -104,7 +104,7 @@ class Order:
                     block.clean()
             bits = store.geometry.cluster_bits
             for first, count in released:
-                store.file.discard(first << bits, count << bits)
+                store.discard(first << bits, count << bits)
 
     def close(self) -> None:
         """Write back, and take away the dirty bit."""

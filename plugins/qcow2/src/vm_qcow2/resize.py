@@ -161,7 +161,7 @@ def drop_blocks(image: Qcow2, numbers: list[int]) -> None:
     refcounts.settle()
     for cluster in clusters:
         if not refcounts.get(cluster):
-            store.file.discard(cluster << bits, 1 << bits)
+            store.discard(cluster << bits, 1 << bits)
 
 
 def _clear_tail(image: Qcow2, size: int) -> None:

@@ -111,6 +111,8 @@ def delete(image: Qcow2, name: str | None, id: str | None) -> None:
     table = prepare_snapshots(image, [one for one in entries if one is not snapshot])
     former = switch_snapshots(image, table)
     bits = image.geometry.cluster_bits
+    # Read anew: storage that fails from now on does so before a count has changed, and the clusters are leaked alone.
+    image.refcounts.forget()
     try:
         _give_back(image, [former])
     except OSError as error:
@@ -307,7 +309,7 @@ def _give_back(image: Qcow2, tables: list[tuple[int, int]], freed: list[tuple[in
     if image.order.pass_discard_snapshot:
         bits = image.geometry.cluster_bits
         for first, count in _joined(runs):
-            image.store.file.discard(first << bits, count << bits)
+            image.store.discard(first << bits, count << bits)
 
 
 def _joined(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from array import array
+from contextlib import suppress
 
 from vm_core.block.node import Node
 from vm_core.block.notices import notice
@@ -73,6 +74,11 @@ class Store:
         """Return when everything written so far is stable."""
         self.file.flush()
         self._unstable = False
+
+    def discard(self, offset: int, length: int) -> None:
+        """Give host space back that nothing points at any more. Where that fails it is kept, which harms nobody."""
+        with suppress(OSError):
+            self.file.discard(offset, length)
 
     def write_header(self, first: str, last: str = "") -> None:
         """Write the header fields from *first* to *last*, within one sector, so that a power cut leaves old or new."""

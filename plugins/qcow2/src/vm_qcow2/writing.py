@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from vm_core.block.mapping import Allocation
@@ -307,7 +308,8 @@ class Writer:
             return
         elif self._external:
             if pass_on:
-                self.image.data.discard(run.host, run.clusters << self._cluster_bits)
+                with suppress(OSError):  # the space is kept then
+                    self.image.data.discard(run.host, run.clusters << self._cluster_bits)
         else:
             self.allocator.free(run.host >> self._cluster_bits, run.clusters, requested=pass_on)
 
