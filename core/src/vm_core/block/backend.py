@@ -158,7 +158,14 @@ class BlockBackend:
     def size(self) -> int:
         """Bytes of the medium, 0 without one."""
         node = self._node
-        return 0 if node is None else node.size
+        if node is None:
+            return 0
+        if self.removable:
+            from .medium import present
+
+            if not present(node):  # a drive of the host that is empty
+                return 0
+        return node.size
 
     @property
     def readonly(self) -> bool:

@@ -10,7 +10,8 @@ Whoever submits writes the entries and makes the system call; what finished duri
 is fetched by one thread, the *reaper*, which blocks in the kernel. It parks where nobody needs it: when it was woken
 for what the submitting thread had fetched already, it sleeps on its bell until something is on its way that did not
 finish at once. In an attended engine (:meth:`Engine.attend`) there is no reaper: the one thread that submits fetches
-too.
+too, by polling, and where it would wait for a lock (:mod:`vm_core.block.attended`); what it fetches there is handed
+back when it polls.
 
 A transfer that was cut short goes on where it stopped. One that the kernel refuses for a reason that has nothing to do
 with the disk – memory that is not aligned, a flag that a file system does not know, a submitting thread that ended – is
@@ -25,11 +26,12 @@ import os
 import select
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import Any
 
+from vm_core.block import attended
 from vm_core.block.engine import Engine, EngineHost
 from vm_core.block.engines.threads import ThreadsEngine
 from vm_core.block.file import WRITE_MAX, FileProtocol
@@ -155,6 +157,10 @@ class KernelEngine(Engine):
         self._inbox: _Inbox | None = None
         #: Requests that the workers of an attended engine have.
         self._away = 0
+        #: Requests that were finished while the attending thread waited for a lock.
+        self._ready: list[Request] = []
+        #: Where the attending thread looks for us.
+        self._settlers: list[Callable[[], bool]] = []
         self._closed = False
 
     # Submitting
@@ -263,8 +269,8 @@ class KernelEngine(Engine):
 
     # Finishing
 
-    def _collect(self, refused: Sequence[Event] = ()) -> bool:
-        """Settle what has finished. False: nothing had."""
+    def _collect(self, refused: Sequence[Event] = (), *, keep: bool = False) -> bool:
+        """Settle what has finished, and hand it back or *keep* it for the next poll. False: nothing had."""
         finished: list[Request] = []
         again: list[_Transfer] = []
         others: list[Request] = []
@@ -280,7 +286,9 @@ class KernelEngine(Engine):
             self._issue(again)
         if others:
             self._hand_over(others)
-        if finished:
+        if keep:
+            self._ready += finished
+        elif finished:
             self._host.complete(finished)
         return True
 
@@ -339,11 +347,24 @@ class KernelEngine(Engine):
     def attend(self) -> bool:
         if self._inbox is None:
             self._inbox = _Inbox(self._host)
+            self._settlers = attended.current.settlers
+            self._settlers.append(self._settle_own)
+        return True
+
+    def _settle_own(self) -> bool:
+        """See :data:`vm_core.block.attended.current`."""
+        if len(self._free) == self._queue.slots:  # then the backlog is empty too
+            return False
+        self._collect(self._queue.push_and_wait(), keep=True)
         return True
 
     def poll(self) -> None:
         queue, inbox = self._queue, self._inbox
         assert inbox is not None
+        if self._ready:
+            ready, self._ready = self._ready, []
+            self._host.complete(ready)
+            return
         refused: list[Event] = []
         done: list[Request] = []
         if not self._away:
@@ -377,5 +398,6 @@ class KernelEngine(Engine):
         if self._workers is not None:
             self._workers.close()
         if self._inbox is not None:
+            self._settlers.remove(self._settle_own)
             self._inbox.close()
         self._queue.close()
