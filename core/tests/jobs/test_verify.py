@@ -13,7 +13,8 @@ import pytest
 import vm_core
 from vm_core.block.jobs import verify as jobs
 from vm_core.block.jobs.job import Cancelled, Job
-from vm_core.block.jobs.verify import Manifest, ManifestError, Range, default_block, make_manifest, verify
+from vm_core.block.jobs.manifest import Manifest, ManifestError
+from vm_core.block.jobs.verify import Range, default_block, make_manifest, verify
 from vm_core.block.raw import RawNode
 from vm_core.errors import UsageError, VmError
 from vm_core.testing.nodes import FailingNode, MemoryNode

@@ -27,6 +27,7 @@ from ..relocation import Move
 from . import pipeline
 from .convert import CopyError
 from .job import Cancelled, Job
+from .memory import page_buffer
 from .zeroes import all_zero, data_runs
 
 if TYPE_CHECKING:
@@ -69,9 +70,9 @@ def compact(node: Node, *, job: Job | None = None, workers: int = 8, dry_run: bo
     relocation: Relocation | None = None
     if isinstance(node, FormatNode):
         check(node, mend=not dry_run)
-        if not dry_run:
-            node.flush()
         with node.quiesce() as driver:
+            if not dry_run:
+                node.flush()
             relocation = driver.relocation()
     search = _Zeroes(node, job, workers, relocation, dry_run)
     zeroes = search.run()
@@ -160,7 +161,9 @@ class _Zeroes:
             self._pieces(),
             self._work,
             workers=pipeline.worker_count(self.workers),
-            make_state=lambda: bytearray(min(step, -(-max(self.node.size, 1) // self.grain) * self.grain)),
+            make_state=lambda: page_buffer(
+                min(step, -(-max(self.node.size, 1) // self.grain) * self.grain), self.node.size
+            ),
         )
         return sum(self.found)
 
@@ -233,7 +236,8 @@ class _Zeroes:
                 if all(run.kind is not Kind.DATA for run in node.map(start, length)):
                     self.found.append(length)
                     return
-            node.zero(start, length, unmap=True)
+            if not (isinstance(node, FormatNode) and node.blank(start, length)):
+                node.zero(start, length, unmap=True)
         except OSError as error:
             raise CopyError("writing", start, error) from None
         self.found.append(length)
@@ -294,7 +298,10 @@ class _Mover:
         )
         length = sum(move.length for move in moves)
         pipeline.run(
-            pieces, _piece, workers=1 if length <= 4 * PIECE else self.workers, make_state=lambda: bytearray(PIECE)
+            pieces,
+            _piece,
+            workers=1 if length <= 4 * PIECE else self.workers,
+            make_state=lambda: page_buffer(PIECE, length),
         )
 
 

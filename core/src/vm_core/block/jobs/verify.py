@@ -1,14 +1,12 @@
 """Verify: whether an image still holds what a manifest of it says, block by block.
 
-Theory of operation. A manifest has the virtual size and a digest for each block of what the guest sees, through all
-backing images; a block of zeroes has none. So it does not depend on the format: the manifests of a raw image and of a
-compressed one with the same bytes are the same. What metadata says is zero is not read, and blocks are read and hashed
-by several threads (``hashlib`` lets the others run meanwhile). What is kept is a digest a block, and nothing else.
+Theory of operation. A manifest (:mod:`.manifest`) has a digest for each block of what the guest sees, through all
+backing images. So it does not depend on the format: the manifests of a raw image and of a compressed one with the same
+bytes are the same. What metadata says is zero is not read, and blocks are read and hashed by several threads
+(``hashlib`` lets the others run meanwhile). What is kept is a digest a block, and nothing else.
 
-``digest`` stands for all of it: the digest of all blocks' digests, one behind the other, with zeroes in the place of
-those that are not there. It is part of the manifest, so a manifest that was damaged is noticed. The digest of the
-image's bytes themselves, which ``sha256sum`` and ``b2sum`` give for a raw image, is the ``sum``. It takes each byte in
-turn, zeroes too, and is made where it is asked for only.
+The digest of the image's bytes themselves, which ``sha256sum`` and ``b2sum`` give for a raw image, is the ``sum``. It
+takes each byte in turn, zeroes too, and is made where it is asked for only.
 """
 
 from __future__ import annotations
@@ -16,14 +14,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from ...errors import UsageError, VmError
+from ...errors import UsageError
 from ..mapping import Kind
 from ..node import Node
 from . import pipeline
 from .convert import CopyError
 from .job import Job
+from .manifest import ALGORITHMS, MOST_BLOCK, Manifest, count_blocks
 from .memory import page_buffer
 from .source import Request, Source, read_request, requests
 from .zeroes import all_zero
@@ -31,21 +30,13 @@ from .zeroes import all_zero
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-#: Bytes of a digest by the names of the algorithms.
-ALGORITHMS = {"sha256": 32, "blake2b": 64}
-#: What a block has, at least and at most, and if nothing was said of an image that is not too large for it.
-LEAST_BLOCK, MOST_BLOCK, BLOCK = 4096, 64 << 20, 1 << 20
-#: A manifest has this many blocks at most; larger blocks are taken before there are as many as SOME.
-MOST, SOME = 1 << 22, 1 << 20
+#: What a block has if nothing was said, of an image that is not too large for it.
+BLOCK = 1 << 20
+#: Larger blocks are taken before there are as many as this.
+SOME = 1 << 20
 #: Bytes that a thread reads at a time.
 STEP = 2 << 20
-#: What a manifest says that it is.
-KIND, VERSION = "vm-img manifest", 1
 _ZEROES = bytes(1 << 20)
-
-
-class ManifestError(VmError):
-    """A manifest is not one, or not whole."""
 
 
 class Range(NamedTuple):
@@ -54,98 +45,6 @@ class Range(NamedTuple):
     offset: int
     length: int
     reason: str = ""
-
-
-class Manifest(NamedTuple):
-    """What an image held."""
-
-    size: int
-    block_size: int
-    algorithm: str
-    #: The digests of all blocks one behind the other, zeroes for blocks of zeroes.
-    digests: bytes
-    #: For each block whether it has a digest.
-    present: bytes
-    #: The digest of the bytes themselves, in hexadecimal; empty if it was not made.
-    sum: str = ""
-
-    @property
-    def digest(self) -> str:
-        """The digest of the digests."""
-        return hashlib.new(self.algorithm, self.digests).hexdigest()
-
-    def at(self, block: int) -> bytes:
-        """The digest of one block, empty for zeroes."""
-        width = ALGORITHMS[self.algorithm]
-        return self.digests[block * width : block * width + width] if self.present[block] else b""
-
-    def lines(self) -> Iterator[str]:
-        """The manifest as JSON, in pieces."""
-        import json
-
-        head = {
-            "kind": KIND,
-            "version": VERSION,
-            "virtual-size": self.size,
-            "block-size": self.block_size,
-            "algorithm": self.algorithm,
-            "digest": self.digest,
-        }
-        if self.sum:
-            head["sum"] = self.sum
-        yield "{\n" + "".join(f'  "{name}": {json.dumps(value)},\n' for name, value in head.items())
-        count = len(self.present)
-        yield '  "blocks": ['
-        for block in range(count):
-            text = f'"{self.at(block).hex()}"' if self.present[block] else "null"
-            yield f"\n    {text}{',' if block + 1 < count else ''}"
-        yield "\n  ]\n}\n"
-
-    @classmethod
-    def parse(cls, data: bytes | str) -> Manifest:
-        """The manifest in *data*. Raises ManifestError, with what is wrong."""
-        import json
-
-        try:
-            value = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise ManifestError(f"not a manifest: {error}") from None
-        if not isinstance(value, dict) or value.get("kind") != KIND:
-            raise ManifestError(f"not a manifest: its \"kind\" is not '{KIND}'")
-        if value.get("version") != VERSION:
-            raise ManifestError(f"version {value.get('version')!r} is not known; {VERSION} is")
-        size, block_size = _number(value, "virtual-size"), _number(value, "block-size")
-        algorithm = value.get("algorithm")
-        if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
-            raise ManifestError(f"algorithm {algorithm!r} is not known; there is: {', '.join(ALGORITHMS)}")
-        try:
-            count = _blocks(size, block_size)
-        except UsageError as error:
-            raise ManifestError(str(error)) from None
-        blocks = value.get("blocks")
-        if not isinstance(blocks, list) or len(blocks) != count:
-            has = len(blocks) if isinstance(blocks, list) else "no"
-            raise ManifestError(f"it has {has} blocks; an image of {size} bytes has {count}")
-        width = ALGORITHMS[algorithm]
-        digests, present = bytearray(count * width), bytearray(count)
-        for number, text in enumerate(blocks):
-            if text is None:
-                continue
-            try:
-                digest = bytes.fromhex(text)
-            except (ValueError, TypeError):
-                digest = b""
-            if len(digest) != width:
-                raise ManifestError(f"block {number} is no digest of {width} bytes in hexadecimal, and not null")
-            digests[number * width : number * width + width] = digest
-            present[number] = 1
-        total = value.get("sum", "")
-        if not isinstance(total, str) or (total and len(total) != 2 * width):
-            raise ManifestError(f'its "sum" is no digest of {width} bytes in hexadecimal')
-        found = cls(size, block_size, algorithm, bytes(digests), bytes(present), total)
-        if value.get("digest") != found.digest:
-            raise ManifestError('it was changed or damaged: its digests are not those of which its "digest" was made')
-        return found
 
 
 class Verification(NamedTuple):
@@ -173,25 +72,6 @@ def default_block(size: int) -> int:
     while -(-size // block) > SOME and block < MOST_BLOCK:
         block *= 2
     return block
-
-
-def _number(value: dict[str, Any], name: str) -> int:
-    found = value.get(name)
-    if not isinstance(found, int) or isinstance(found, bool) or not 0 <= found < 1 << 63:
-        raise ManifestError(f'its "{name}" is no number of bytes')
-    return found
-
-
-def _blocks(size: int, block_size: int) -> int:
-    """How many blocks there are. Raises UsageError."""
-    if not LEAST_BLOCK <= block_size <= MOST_BLOCK or block_size & block_size - 1:
-        raise UsageError(
-            f"a block size of {block_size} bytes is not possible: a power of two from {LEAST_BLOCK} to {MOST_BLOCK} is"
-        )
-    count = -(-size // block_size)
-    if count > MOST:
-        raise UsageError(f"{size} bytes have {count} blocks of {block_size} bytes; at most {MOST} are possible")
-    return count
 
 
 def make_manifest(
@@ -228,6 +108,8 @@ def verify(
         for number in range(start, stop):
             differs[number] = now.at(number) != manifest.at(number) and number not in unreadable
     size = min(now.size, manifest.size)
+    if manifest.size < now.size and size % block and differs[-1] and _end_is_same(node, manifest):
+        differs[-1] = 0
     found = [Range(first * block, min(after * block, size) - first * block) for first, after in _runs(differs)]
     bad = [
         Range(number * block, min(block, now.size - number * block), error.text)
@@ -237,6 +119,16 @@ def verify(
     # A sum is of no use where something is missing.
     other = bool(with_sum and manifest.sum and not bad and now.sum != manifest.sum)
     return Verification(now, found, bad, resized, other)
+
+
+def _end_is_same(node: Node, manifest: Manifest) -> bool:
+    """Whether an image that has grown holds what the manifest says of its former end, which was a part of a block."""
+    last = len(manifest.present) - 1
+    data = bytearray(manifest.size - last * manifest.block_size)
+    node.read(last * manifest.block_size, (memoryview(data),))
+    if all_zero(data, 0, len(data)):
+        return not manifest.present[last]
+    return hashlib.new(manifest.algorithm, data).digest() == manifest.at(last)
 
 
 def _runs(flags: bytearray) -> Iterator[tuple[int, int]]:
@@ -269,7 +161,7 @@ class _Hasher:
         self.job = job
         self.workers = workers
         self.width = ALGORITHMS[algorithm]
-        count = _blocks(self.size, block_size)
+        count = count_blocks(self.size, block_size)
         self.digests = bytearray(count * self.width)
         self.present = bytearray(count)
         self.unreadable: dict[int, CopyError] = {}

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UsageError, VmError
 from .common import Failure, Tool, reason
 
 if TYPE_CHECKING:
-    from ...block.jobs.verify import Manifest, Verification
+    from typing import IO
+
+    from ...block.jobs.manifest import Manifest
+    from ...block.jobs.verify import Verification
     from ...block.node import Node
 
 LONG = {
@@ -33,8 +38,6 @@ LONG = {
 FAILED, DIFFERENT, DAMAGED = 1, 2, 3
 #: Ranges that are told, at most.
 MOST = 1000
-#: Bytes of a manifest, at most.
-MOST_BYTES = 1 << 30
 
 
 def run(args: list[str], tool: Tool) -> int:
@@ -80,13 +83,26 @@ def run(args: list[str], tool: Tool) -> int:
         raise Failure("algorithm and block size are those of the manifest: give them with --write")
     if target == "-" and json:
         raise Failure("--write=- and --output=json both want standard output")
+    if given == "-" and sys.stdin is None:
+        raise Failure("--manifest=-: there is no standard input")
     size = tool.size(block, "block size", 1) if block else None
     manifest = _load(given) if given else None
     name = options.rest[0]
     show = show and not tool.quiet
-    with tool.open(
-        name, image_opts=image_opts, format=format, cache=tool.cache(cache, source=True), share=share, check=True
-    ) as node:
+    with ExitStack() as stack:
+        node = stack.enter_context(
+            tool.open(
+                name,
+                image_opts=image_opts,
+                format=format,
+                cache=tool.cache(cache, source=True),
+                share=share,
+                check=True,
+            )
+        )
+        writing = _Target(target)
+        stack.callback(writing.close)
+        writing.check(node)
         facts: dict[str, Any] = {"filename": node.filename, "format": node.driver}
         checked = [_check(tool, one) for one in (_chain(node) if chain else [node])]
         damaged = any(one["corruptions"] or one["check-errors"] for one in checked)
@@ -110,8 +126,8 @@ def run(args: list[str], tool: Tool) -> int:
                     now = make_manifest(node, algorithm=algorithm or "sha256", block_size=size, with_sum=total, job=job)
                 except UsageError as error:
                     raise Failure(str(error)) from error
-    if target:
-        _store(tool, now, target)
+        if target:
+            writing.write(now)
     _facts(facts, now, manifest, result)
     if json:
         tool.json(facts)
@@ -125,45 +141,129 @@ def run(args: list[str], tool: Tool) -> int:
 
 
 def _load(path: str) -> Manifest:
-    from ...block.jobs.verify import Manifest, ManifestError
+    from ...block.jobs.manifest import Manifest
 
     try:
+        if path == "-":
+            return Manifest.read(sys.stdin.buffer)
         with open(path, "rb") as file:
-            data = file.read(MOST_BYTES + 1)
-        if len(data) > MOST_BYTES:
-            raise ManifestError(f"it has more than {MOST_BYTES} bytes")
-        return Manifest.parse(data)
+            return Manifest.read(file)
     except VmError as error:
         raise Failure(f"Manifest '{path}' cannot be used: {error}") from error
     except OSError as error:
         raise Failure(f"Could not open manifest '{path}': {error.strerror}") from error
 
 
-def _store(tool: Tool, manifest: Manifest, path: str) -> None:
-    """Write the manifest: all of it, or nothing."""
-    if path == "-":
-        sys.stdout.writelines(manifest.lines())
-        return
-    try:
-        with _replacing(path) as partial, open(partial, "x", encoding="ascii") as file:
+class _Target:
+    """Where a manifest is written: all of it, or nothing. It is begun before the image is read, so that what cannot be
+    written is told at once."""
+
+    def __init__(self, path: str) -> None:
+        """Raises Failure. *path* is empty where none is wanted, ``-`` for standard output."""
+        self._path = path
+        self._final = self._partial = ""
+        self._file: IO[str] | None = None
+        if path and path != "-":
+            with self._told():
+                self._open()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise Failure(f"Could not write manifest '{self._path}': {error.strerror}") from error
+
+    def _open(self) -> None:
+        import stat
+
+        # A link stays, and what it points to is replaced.
+        final = os.path.realpath(self._path)
+        mode = 0o666
+        try:
+            status = os.stat(self._path)
+        except FileNotFoundError:
+            pass
+        else:
+            if stat.S_ISDIR(status.st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            if stat.S_ISBLK(status.st_mode):
+                raise OSError(errno.EINVAL, "it is a disk of this host")
+            if not stat.S_ISREG(status.st_mode) or _is_open_file(self._path) or _is_open_file(final):
+                self._file = open(self._path, "w", encoding="ascii")  # noqa: SIM115 - a pipe, a terminal
+                return
+            mode = stat.S_IMODE(status.st_mode)
+            os.close(os.open(final, os.O_WRONLY | getattr(os, "O_CLOEXEC", 0)))  # it may not be ours to replace
+        folder, name = os.path.split(final)
+        for attempt in count():
+            partial = os.path.join(folder, f".{name[:200]}.{os.getpid()}-{attempt}.part")
+            try:
+                fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), mode)
+                break
+            except FileExistsError:
+                continue
+        self._final, self._partial = final, partial
+        self._file = open(fd, "w", encoding="ascii")  # noqa: SIM115
+        if mode != 0o666:
+            os.chmod(partial, mode)
+
+    def check(self, node: Node) -> None:
+        """Raise Failure where the manifest would replace *node*'s image, or one below it."""
+        from ...block.medium import below
+
+        if not self._final:
+            return
+        try:
+            status = os.stat(self._final)
+        except FileNotFoundError:
+            return
+        for one in below(node):
+            if one.identity() == (status.st_dev, status.st_ino):
+                raise Failure(f"Could not write manifest '{self._path}': it is a part of the image itself")
+
+    def write(self, manifest: Manifest) -> None:
+        """Write all of it, and make it stable."""
+        if self._path == "-":
+            sys.stdout.writelines(manifest.lines())
+            return
+        file = self._file
+        if file is None:
+            return
+        with self._told():
             file.writelines(manifest.lines())
             file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise Failure(f"Could not write manifest '{path}': {error.strerror}") from error
+            if self._partial:
+                os.fsync(file.fileno())
+                os.replace(self._partial, self._final)
+                self._partial = ""
+                _sync_folder(os.path.dirname(self._final))
+            self._file = None
+            file.close()
+
+    def close(self) -> None:
+        """Leave nothing behind of what was not written."""
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
+        if self._partial:
+            with suppress(OSError):
+                os.unlink(self._partial)
 
 
-@contextmanager
-def _replacing(path: str) -> Iterator[str]:
-    """A name for a new file, which becomes *path* at the end."""
-    partial = f"{path}.{os.getpid()}.part"
-    try:
-        yield partial
-        os.replace(partial, path)
-    except BaseException:
-        if os.path.lexists(partial):
-            os.unlink(partial)
-        raise
+def _is_open_file(path: str) -> bool:
+    """Whether *path* is no name of its own, but that of what somebody has open: ``/dev/stdout``."""
+    path = os.path.abspath(path)
+    return path.startswith(("/dev/", "/proc/")) and not path.startswith("/dev/shm/")
+
+
+def _sync_folder(path: str) -> None:
+    """Make a new name in a directory stable, where that can be done."""
+    with suppress(OSError):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def _chain(node: Node) -> list[Node]:
@@ -242,6 +342,8 @@ def _tell(
     )
     if result.sum_differs:
         tool.say(f"Sum differs: {now.sum} instead of {manifest.sum}")
+    elif now.sum and not manifest.sum:
+        tool.say(f"sum: {now.sum}, with which the manifest has nothing to compare")
     if result.same:
         tool.say("The image holds what the manifest says.")
 
