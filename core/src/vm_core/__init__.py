@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .block.cache import CacheMode
     from .block.gate import Gate
     from .block.jobs.job import Cancelled, Job
-    from .block.jobs.verify import Manifest
+    from .block.jobs.manifest import Manifest
     from .errors import BlockError, GateError, ImageError, LockError, PluginError, UsageError, VmError
     from .image import Image, MapEntry, create, open
     from .jobs import commit, compact, compare, convert, manifest, measure, rebase, verify
@@ -65,7 +65,7 @@ _WHERE = {
     "Gate": "vm_core.block.gate",
     "Image": "vm_core.image",
     "Job": "vm_core.block.jobs.job",
-    "Manifest": "vm_core.block.jobs.verify",
+    "Manifest": "vm_core.block.jobs.manifest",
     "MapEntry": "vm_core.image",
     "commit": "vm_core.jobs",
     "compact": "vm_core.jobs",

@@ -38,7 +38,8 @@ from .image import Image
 if TYPE_CHECKING:
     from .block.format import Progress
     from .block.gate import Gate
-    from .block.jobs.verify import Manifest, Verification
+    from .block.jobs.manifest import Manifest
+    from .block.jobs.verify import Verification
 
 Spec = str | os.PathLike[str] | dict[str, Any] | Image
 

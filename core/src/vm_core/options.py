@@ -188,7 +188,9 @@ def parse_size(text: str | int, name: str = "size", default_suffix: str = "") ->
     Raises UsageError. See :func:`vm_core.sizes.parse`.
     """
     if isinstance(text, int):
-        return text
+        if 0 <= text < 1 << 63:
+            return text
+        text = str(text)
     from .sizes import NotANumberError, OutOfRangeError, parse
 
     try:

@@ -415,6 +415,221 @@ def test_a_driver_that_somebody_has_to_himself_is_not_asked(write: bool) -> None
         pass
 
 
+def flushing_slowly() -> tuple[FormatNode, threading.Event, threading.Event, list[str]]:
+    """An image whose file stops in a flush until it is let go: the node, "it is inside", "go on", and what happened."""
+    inside, go = threading.Event(), threading.Event()
+    happened: list[str] = []
+    file = make(8 * CLUSTER)
+
+    def decide(operation: str, offset: int, length: int) -> int:
+        if operation == "flush" and threading.current_thread().name == "flusher":
+            happened.append("file")
+            inside.set()
+            assert go.wait(10)
+        return 0
+
+    node = open_toy(FailingNode(file, decide))
+    driver_flush = node.format.flush
+
+    def noted() -> None:
+        happened.append("driver")
+        driver_flush()
+
+    node.format.flush = noted  # type: ignore[method-assign]
+    return node, inside, go, happened
+
+
+def test_a_flush_in_flight_delays_quiesce() -> None:
+    """An image is quiet only when a flush has ended, too; requests go on meanwhile."""
+    node, inside, go, happened = flushing_slowly()
+    flusher = threading.Thread(target=node.flush, name="flusher")
+    flusher.start()
+    assert inside.wait(10)
+    # It keeps no request waiting, of whatever kind.
+    node.pwrite(0, b"a" * CLUSTER)
+    node.zero(CLUSTER, CLUSTER)
+    node.discard(0, CLUSTER)
+    assert node.pread(0, 10) == bytes(10)
+    quiet = threading.Event()
+
+    def quiesce() -> None:
+        with node.quiesce():
+            happened.append("quiet")
+            quiet.set()
+
+    other = threading.Thread(target=quiesce)
+    other.start()
+    assert not quiet.wait(0.2)
+    assert "driver" not in happened
+    go.set()
+    flusher.join(10)
+    other.join(10)
+    assert not flusher.is_alive()
+    assert not other.is_alive()
+    assert happened[-1] == "quiet"
+    assert "driver" in happened
+
+
+@pytest.mark.parametrize("call", ["flush", "info", "map", "copy_up", "read", "write", "zero", "quiesce"])
+def test_nothing_reaches_the_driver_of_a_quiet_image(call: str) -> None:
+    """Whatever another thread wants of a quiesced image, its driver hears of it when that is over."""
+    node = open_toy(make(8 * CLUSTER))
+    node.pwrite(0, b"a" * CLUSTER)
+    calls: list[str] = []
+    for name in ("flush", "info", "map", "allocate", "zero"):
+        original = getattr(node.format, name)
+
+        def noted(*args: Any, name: str = name, original: Any = original, **options: Any) -> Any:
+            calls.append(name)
+            return original(*args, **options)
+
+        setattr(node.format, name, noted)
+
+    def quiesce() -> None:
+        with node.quiesce() as driver:
+            driver.info()
+
+    what: dict[str, Callable[[], object]] = {
+        "flush": node.flush,
+        "info": node.info,
+        "map": lambda: list(node.map(0, node.size)),
+        "copy_up": lambda: node.copy_up(2 * CLUSTER, CLUSTER),
+        "read": lambda: node.pread(0, 10),
+        "write": lambda: node.pwrite(0, b"b"),
+        "zero": lambda: node.zero(0, CLUSTER),
+        "quiesce": quiesce,
+    }
+    thread = threading.Thread(target=what[call])
+    with node.quiesce():
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+        assert not calls
+    thread.join(10)
+    assert not thread.is_alive()
+    assert calls
+
+
+def test_whoever_quiesced_the_image_may_use_it() -> None:
+    """Inside, the same thread flushes, reads, writes, resizes and quiesces without waiting for itself; and after it,
+    nothing is left locked."""
+    node = open_toy(make(8 * CLUSTER))
+    node.pwrite(2 * CLUSTER, b"a" * CLUSTER)
+
+    def use() -> None:
+        with node.quiesce() as toy:
+            assert isinstance(toy, Toy)
+            toy.freeze()
+            node.flush()
+            node.pwrite(0, b"b" * 100)
+            node.write(2 * CLUSTER + 5, [memoryview(b"c")], fua=True)
+            node.zero(CLUSTER, 10)
+            node.discard(4 * CLUSTER, CLUSTER)
+            assert node.pread(2 * CLUSTER, 7) == b"aaaaaca"
+            assert sum(run.length for run in node.map(0, node.size)) == node.size
+            node.info()
+            with node.quiesce() as again:
+                assert again is toy
+                node.flush()
+            node.truncate(10 * CLUSTER)
+            node.set_backing(None)
+            toy.store_inverted(6 * CLUSTER, b"d" * CLUSTER)
+            assert node.pread(6 * CLUSTER, 3) == b"ddd"
+            toy.store_inverted(6 * CLUSTER, b"e" * CLUSTER)
+            assert node.pread(6 * CLUSTER, 3) == b"eee"
+
+    thread = threading.Thread(target=use, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive(), "it waits for itself"
+    assert node.pread(0, 3) == b"bbb"
+    assert node.pread(6 * CLUSTER, 3) == b"eee"
+    node.close()
+
+
+def test_flushes_and_quiesces_of_many_threads() -> None:
+    """Threads that write stably, flush, quiesce, and flush inside, never meet in the driver and never stand still."""
+    node = open_toy(make(16 * CLUSTER))
+    users = 0
+    most: list[int] = []
+    gate = threading.Lock()
+    original = node.format.flush
+
+    def flush() -> None:
+        nonlocal users
+        with gate:
+            users += 1
+            most.append(users)
+        original()
+        with gate:
+            users -= 1
+
+    node.format.flush = flush  # type: ignore[method-assign]
+    failures: list[BaseException] = []
+
+    def work(number: int) -> None:
+        nonlocal users
+        chance = random.Random(number)
+        try:
+            for _ in range(150):
+                action = chance.randrange(5)
+                if action == 0:
+                    node.flush()
+                elif action == 1:
+                    node.pwrite(chance.randrange(15 * CLUSTER), bytes([number]) * 700)
+                elif action == 2:
+                    node.write(number * CLUSTER, [memoryview(b"s" * 50)], fua=True)
+                elif action == 3:
+                    with node.quiesce():
+                        with gate:
+                            users += 1
+                            most.append(users)
+                        node.pread(0, 100)
+                        with gate:
+                            users -= 1
+                else:
+                    with node.quiesce():
+                        node.flush()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive(), "standstill"
+    assert not failures
+    assert max(most) == 1
+    node.close()
+
+
+def test_an_interrupted_wait_leaves_no_lock_behind() -> None:
+    """Whoever is interrupted (Ctrl-C) while it waits for a range keeps nobody else waiting afterwards."""
+    node = open_toy(make(4 * CLUSTER))
+    ranges = node._ranges
+    ticket = node.begin_write(0, CLUSTER)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    ranges._changed.wait = lambda timeout=None: interrupt()  # type: ignore[assignment,method-assign,return-value]
+    waits: list[Callable[[], object]] = [
+        lambda: node.pread(0, 10),
+        lambda: node.pwrite(0, b"x"),
+        lambda: node.quiesce().__enter__(),
+    ]
+    for wait in waits:
+        with pytest.raises(KeyboardInterrupt):
+            wait()
+    node.cancel_write(ticket)
+    assert not ranges._held
+    assert not ranges._exclusives
+    node.pwrite(0, b"y")
+    node.flush()
+    node.close()
+
+
 def test_freed_clusters_are_not_reused_under_a_reader() -> None:
     """While a reader is in the middle of its data, a discard of that range waits, so nobody can take its clusters."""
     file = make(4 * CLUSTER)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -212,3 +213,63 @@ def test_time_stamps_stand_before_lines() -> None:
     lines = below.written.splitlines()
     assert [line.partition(b"] ")[2] for line in lines] == [b"one", b"two"]
     assert all(line.startswith(b"[00:00:0") for line in lines)
+
+
+@pytest.mark.parametrize("regular", [False, True], ids=["pipe", "file"])
+def test_what_is_piped_in_comes_after_the_opening(loop: IoThread, tmp_path: Path, regular: bool) -> None:
+    """Bytes that wait already when a stream begins are handed on after *on_open*, all of them, and the end after them;
+    it makes no difference whether they come from a pipe or from a file."""
+    from vm_core.chardev.stream import Stream
+
+    text = b"command\n" * 2000
+    for _ in range(30):
+        if regular:
+            (tmp_path / "in").write_bytes(text)
+            reading = os.open(tmp_path / "in", os.O_RDONLY)
+        else:
+            reading, writing = os.pipe()
+            os.write(writing, text)
+            os.close(writing)
+        seen: list[bytes | str] = []
+        stream = Stream("c")
+        stream.connect(
+            lambda data, seen=seen: seen.append(data),  # type: ignore[misc]
+            lambda seen=seen: seen.append("open"),  # type: ignore[misc]
+            lambda seen=seen: seen.append("end"),  # type: ignore[misc]
+        )
+        stream.start(loop, reading, None)
+        until(lambda seen=seen: "end" in seen)  # type: ignore[misc]
+        assert (seen[0], seen[-1]) == ("open", "end")
+        assert b"".join(piece for piece in seen if isinstance(piece, bytes)) == text
+        stream.close()
+        os.close(reading)
+
+
+def test_commands_that_are_piped_in_are_answered(loop: IoThread, tmp_path: Path) -> None:
+    """``printf … | vm -qmp stdio``: commands are carried out and answered although the input has ended long ago."""
+    from types import SimpleNamespace
+
+    from vm_core.chardev.stream import Stream
+    from vm_core.machine.events import EventHub
+    from vm_core.qmp.monitor import CommandThread, Monitor
+    from vm_core.qmp.server import QmpServer
+
+    reading, writing = os.pipe()
+    os.write(writing, b'{"execute": "qmp_capabilities"}' + b'{"execute": "query-name"}' * 20)
+    os.close(writing)
+    out = os.open(tmp_path / "out", os.O_WRONLY | os.O_CREAT)
+    machine: Any = SimpleNamespace(events=EventHub())
+    thread = CommandThread(running=False)
+    stream = Stream("c")
+    QmpServer(stream, Monitor(machine, name="foo"), thread)
+    ended: list[bool] = []
+    told = stream.on_close
+    stream.on_close = lambda: (told(), ended.append(True))
+    stream.start(loop, reading, out)
+    until(lambda: ended)
+    thread.start()
+    until(lambda: (tmp_path / "out").read_bytes().count(b'"foo"') == 20)
+    thread.close()
+    stream.close()
+    os.close(out)
+    os.close(reading)

@@ -167,5 +167,8 @@ def test_json_values_pass_the_parsers() -> None:
     """Values that JSON typed already are taken as they are."""
     assert parse_bool(True) is True
     assert parse_size(5) == 5
+    for wrong in (-1, 1 << 63):  # as a JSON number
+        with pytest.raises(UsageError):
+            parse_size(wrong)
     assert parse_int(7) == 7
     assert nest({"a": {"b": 1}, "a.c": 2}) == {"a": {"b": 1, "c": 2}}

@@ -8,6 +8,7 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,9 +46,14 @@ def images(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def named(id: str) -> Any:
+    """A device with a name and nothing else."""
+    return SimpleNamespace(id=id)
+
+
 @pytest.fixture
 def monitor(images: Path) -> Iterator[Monitor]:
-    """A running machine without processors, with a disk and a CD-ROM drive that no guest sees."""
+    """A running machine without processors, with a disk and a CD-ROM drive behind devices that are but names."""
     machine = Machine(GuestMemory(1 << 20))
     disk = BlockBackend(open_node(str(images / "disk.raw"), readonly=False, format="raw"), name="hd0")
     cdrom = BlockBackend(open_node(str(images / "cd.iso"), format="raw"), name="cd0", readonly=True, removable=True)
@@ -56,7 +62,7 @@ def monitor(images: Path) -> Iterator[Monitor]:
     machine.start()
     yield Monitor(
         machine,
-        [Drive("hd0", disk), Drive("cd0", cdrom)],
+        [Drive("hd0", disk, named("front0")), Drive("cd0", cdrom, named("front1"))],
         "foo",
         qapi_version(),
         [make({"backend": "null", "id": "serial0"})],
@@ -107,8 +113,6 @@ def test_queries_have_the_shapes_of_a_real_qemu(monitor: Monitor, images: Path) 
         if name == "query-block":
             theirs = {block["device"]: block for block in theirs}
             ours = {block["device"]: block for block in ours}
-            for block in theirs.values():  # the device in front, which this machine has not got
-                block.pop("qdev", None)
         assert shape(ours) == shape(theirs), name
 
 
@@ -177,16 +181,68 @@ def test_media_are_ejected_and_changed_with_their_events(monitor: Monitor, image
         execute(monitor, "blockdev-change-medium", {"device": "cd0", "filename": str(images / "absent")})
     assert drive.backend.read(0, 2) == b"cd"
     execute(monitor, "eject", {"id": "cd0"})
-    assert trays == ["cd0", "", True]
+    assert trays == ["cd0", "front1", True]
     assert "inserted" not in execute(monitor, "query-block", {})[1]
     execute(monitor, "blockdev-change-medium", {"device": "cd0", "filename": str(images / "other.iso")})
-    assert trays == ["cd0", "", True, "cd0", "", False]
+    assert trays == ["cd0", "front1", True, "cd0", "front1", False]
     assert drive.backend.read(0, 2) == b"ot"
     drive.backend.locked = True
     with pytest.raises(QmpError, match="is locked"):
         execute(monitor, "eject", {"id": "cd0"})
     execute(monitor, "eject", {"id": "cd0", "force": True})
     assert drive.backend.node is None
+
+
+@needs_qemu
+def test_a_drive_without_medium_as_in_qemu(monitor: Monitor, images: Path) -> None:
+    """A drive that nobody uses and that is empty: what is told of it, on both monitors, and what cannot be done."""
+    empty = BlockBackend(None, name="em0", removable=True)
+    monitor.drives = [Drive("em0", empty)]
+    events: list[str] = []
+    monitor.machine.events.subscribe(lambda name, data: events.append(name))
+    lines: list[tuple[str, dict[str, Any]]] = [
+        ("query-block", {}),
+        ("query-named-block-nodes", {}),
+        ("human-monitor-command", {"command-line": "info block"}),
+        ("block_resize", {"device": "em0", "size": 512}),
+        ("eject", {"device": "em0"}),
+    ]
+    script = [{"execute": name, "arguments": arguments} for name, arguments in lines]
+    script = [{"execute": "qmp_capabilities"}, *script, {"execute": "quit"}]
+    shown = subprocess.run(
+        [*QEMU, "-drive", "if=none,id=em0"],
+        input="".join(map(json.dumps, script)).encode(),
+        capture_output=True,
+        timeout=60,
+    )
+    answers = [json.loads(line) for line in shown.stdout.splitlines()]
+    theirs = [answer for answer in answers if "return" in answer or "error" in answer][1 : len(lines) + 1]
+    for (name, arguments), answer in zip(lines, theirs, strict=True):
+        if "error" in answer:
+            with pytest.raises(QmpError) as caught:
+                execute(monitor, name, arguments)
+            assert caught.value.description == answer["error"]["desc"]
+            continue
+        ours = execute(monitor, name, arguments)
+        if isinstance(ours, str):  # the blank lines at the end are a terminal's
+            assert ours.split() == answer["return"].split()
+        else:
+            assert ours == answer["return"], name
+    assert not events
+
+
+def test_an_empty_drive_of_the_host(monitor: Monitor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host's drive without a disc is inserted, as in QEMU, but is empty to the guest and cannot be resized."""
+    cdrom = monitor.drives[1].backend
+    assert cdrom.node is not None
+    assert cdrom.size == 65536
+    monkeypatch.setattr(type(cdrom.node.children()["file"]), "present", False)
+    assert cdrom.size == 0
+    image = execute(monitor, "query-block", {})[1]["inserted"]["image"]
+    assert image["virtual-size"] == 65536
+    assert "dirty-flag" not in image
+    with pytest.raises(QmpError, match="No medium inserted"):
+        execute(monitor, "block_resize", {"device": "cd0", "size": 512})
 
 
 def test_a_disk_is_resized(monitor: Monitor, images: Path) -> None:
@@ -297,7 +353,11 @@ def test_info_block_reads_as_in_qemu(monitor: Monitor, images: Path) -> None:
 
     def comparable(text: str) -> list[str]:
         lines = [line.replace(f"{images}/", "") for line in text.splitlines()]
-        return [line.partition(" (#")[0] + line.partition(")")[2] for line in lines if "Removable" not in line]
+        return [
+            line.partition(" (#")[0] + line.partition(")")[2]
+            for line in lines
+            if "Removable" not in line and "Attached" not in line
+        ]
 
     assert comparable(human.run(monitor, "info block")) == comparable(theirs["return"])
 

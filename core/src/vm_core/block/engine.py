@@ -47,6 +47,9 @@ class Engine(ABC):
         From now on it alone submits, and it calls :meth:`poll` as long as anything is in flight; no other thread of the
         engine completes requests. Call it before anything is submitted. False: the engine does not do that, and
         completes requests on its own threads as ever.
+
+        The thread may call nodes directly meanwhile, also what has to wait for its requests. It must not wait for
+        another thread that does.
         """
         return False
 

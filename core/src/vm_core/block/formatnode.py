@@ -722,6 +722,9 @@ class FormatNode(ImageNode):
             self.flush()
 
     def _zero_range(self, offset: int, length: int, unmap: bool) -> None:
+        if self.format.compressed_only:
+            self.write_compressed(offset, zero_views(length))
+            return
         end = offset + length
         unit = self.cluster_size
         size = self.format.size

@@ -1,6 +1,6 @@
 """The protocol driver ``host_cdrom``: a CD or DVD drive of this host, with a disc in it or without.
 
-It is a host device whose medium comes and goes. Before each read the drive is asked (linux/cdrom.h): without a disc
+It is a host device whose medium comes and goes. Before each request the drive is asked (linux/cdrom.h): without a disc
 that is ENOMEDIUM, and a disc that was put in meanwhile is read from its beginning to its own end.
 """
 
@@ -11,11 +11,14 @@ import os
 import stat
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import BlockError, ImageError
 from .host_device import HostDeviceProtocol
 from .node import Buffer
+
+if TYPE_CHECKING:
+    from .passage import Hold, Span
 
 # linux/cdrom.h
 CDROM_DRIVE_STATUS = 0x5326
@@ -24,9 +27,10 @@ CDS_DISC_OK = 4
 
 
 class HostCdromProtocol(HostDeviceProtocol):
-    """A drive. Its size is that of the disc which is in now, 0 without one."""
+    """A drive. Its size is that of the disc which is in now; without one, what the kernel makes of that."""
 
     driver = "host_cdrom"
+    removable = True
 
     @classmethod
     def claims(cls, filename: str) -> int:
@@ -58,7 +62,11 @@ class HostCdromProtocol(HostDeviceProtocol):
 
     def _query_size(self) -> int:
         self._loaded = drive_status(self._fd) == CDS_DISC_OK
-        return super()._query_size() if self._loaded else 0
+        return super()._query_size()
+
+    @property
+    def present(self) -> bool:  # type: ignore[override]
+        return self._look()
 
     @property
     def size(self) -> int:
@@ -85,9 +93,31 @@ class HostCdromProtocol(HostDeviceProtocol):
     def read_nowait(self, offset: int, buffers: Sequence[Buffer]) -> bool:
         return self._look() and super().read_nowait(offset, buffers)
 
+    def host_spans(
+        self, offset: int, length: int, spans: list[Span], holds: list[Hold], *, write: bool, stable: bool
+    ) -> bool:
+        return self._look() and super().host_spans(offset, length, spans, holds, write=write, stable=stable)
+
     def write(self, offset: int, buffers: Sequence[Buffer], *, fua: bool = False) -> None:
         self._need_disc()
         super().write(offset, buffers, fua=fua)
+
+    def zero(self, offset: int, length: int, *, unmap: bool = False, fua: bool = False) -> None:
+        self._need_disc()
+        super().zero(offset, length, unmap=unmap, fua=fua)
+
+    def zero_fast(self, offset: int, length: int, *, unmap: bool = False) -> bool:
+        self._need_disc()
+        return super().zero_fast(offset, length, unmap=unmap)
+
+    def discard(self, offset: int, length: int) -> None:
+        self._need_disc()
+        super().discard(offset, length)
+
+    def truncate(self, size: int) -> None:
+        if not self._look():
+            raise BlockError.of(errno.ENOMEDIUM, "No medium inserted")
+        super().truncate(size)
 
 
 def drive_status(fd: int) -> int | None:

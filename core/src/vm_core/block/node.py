@@ -53,6 +53,9 @@ class Node(ABC):
     watched: bool = False
     #: Named like a protocol, so that an image above needs no other name than this node's.
     is_protocol: bool = False
+    #: A drive of the host whose medium comes and goes, and whether it is in. See :mod:`vm_core.block.medium`.
+    removable: bool = False
+    present: bool = True
     #: Where requests may be stopped, on nodes that offer it.
     breakpoints: Breakpoints | None = None
 

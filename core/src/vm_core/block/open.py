@@ -146,8 +146,9 @@ class OpenContext:
 
         A child that the user gave for this role in the options is used instead, whatever *reference* says; with
         *reference* None there has to be one. *format* is what the image records of it; None: probed. With *storage* it
-        is no image but bare storage, and nobody else may write to it; *beside* says that QEMU too takes its name as
-        relative to the image. The node is closed with the image.
+        is no image but bare storage, and nobody else may write to it; *beside* says that its name is a path and
+        nothing else, colons or not, from the image's directory on, as QEMU takes it too. The node is closed with the
+        image.
         """
         readonly = self.readonly if readonly is None else readonly
         explicit = self._explicit.pop(role, _ABSENT)
@@ -713,9 +714,13 @@ def _follow_storage(
         shown, options, path = "json:" + json.dumps(reference), dict(reference), None
     else:
         shown = reference
-        # QEMU takes such names as relative to where it runs, except for extents; here they are relative to the image,
-        # like all others.
-        options, path = _resolve_name(reference, "" if context.gate.following and not beside else context.located)
+        if beside:
+            options, path = {}, os.path.join(os.path.dirname(context.located), reference)
+            if path.startswith("file:"):
+                path = f"./{path}"  # the driver would take that for the prefix
+        else:
+            # QEMU takes such names as relative to where it runs; here they are relative to the image, like all others.
+            options, path = _resolve_name(reference, "" if context.gate.following else context.located)
     context.gate.check(context.located, role, shown, path)
     if path is not None:
         _check_loop(context, role, path)
@@ -909,6 +914,8 @@ def _probe(file: Node) -> str:
     from ..plugins import find
     from .probe import probe
 
+    if not file.present:  # nothing to look at, and nothing in it
+        return "raw"
     try:
         name = probe(file)
     except OSError as error:

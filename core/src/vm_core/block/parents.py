@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,13 +28,13 @@ def first_parent(
 
     *read* raises OSError or ValueError for what is no such image; *check* (what was read, the name, the path) raises
     ImageError where it is one, and the wrong one. Where no file is there, the first of the names: opening it tells what
-    is missing. Raises ImageError where there are no names.
+    is missing. Raises ImageError where there are no names, unless nothing depends on them: then they are empty.
     """
     names = list(dict.fromkeys(names))
+    if context.backing_given or context.gate.closed or not context.follow_backing:
+        return names[0] if names else ""
     if not names:
         raise ImageError(image, "a differencing image that names no parent: give backing.file.filename=PATH")
-    if context.backing_given or context.gate.closed or not context.follow_backing:
-        return names[0]
     refused = ""
     for reference in names:
         path = os.path.join(os.path.dirname(image), reference)
@@ -43,6 +44,9 @@ def first_parent(
             refused = refused or reference
             continue
         try:
+            # A gate that follows lets anything through; a pipe would have to be waited for.
+            if not _is_storage(os.stat(path).st_mode):
+                continue
             found = read(path)
         except (OSError, ValueError):
             continue
@@ -52,6 +56,10 @@ def first_parent(
     if refused and os.path.exists(os.path.join(os.path.dirname(image), refused)):
         return refused
     return names[0]
+
+
+def _is_storage(mode: int) -> bool:
+    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
 
 
 def parent_path(reference: str, image: str) -> str:

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from itertools import count
 from threading import Condition, RLock
 
+from . import attended
+
 #: An end beyond every offset.
 EVERYTHING = 1 << 63
 
@@ -96,12 +98,22 @@ class RangeLock:
         self._waiting += 1
         try:
             while self._blocked(ticket, start, end, exclusive):
+                if attended.current.settlers and (self._settle() or not self._blocked(ticket, start, end, exclusive)):
+                    continue
                 self._changed.wait()
         except BaseException:  # interrupted: nobody will give this ticket back
             self.drop(ticket)
             raise
         finally:
             self._waiting -= 1
+
+    def _settle(self) -> bool:
+        """Let requests finish that only this thread can finish, as their locks may be those that it waits for."""
+        self.mutex.release()
+        try:
+            return attended.settle()
+        finally:
+            self.mutex.acquire()
 
     def _blocked(self, ticket: int, start: int, end: int, exclusive: bool) -> bool:
         for other, (begin, finish, other_exclusive) in self._held.items():

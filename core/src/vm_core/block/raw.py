@@ -105,7 +105,9 @@ class RawNode(ImageNode):
         preallocation = options.pop("preallocation", "off")
         file.truncate(size)
         if preallocation != "off" and size:
-            file.reserve(0, size, full=preallocation == "full")
+            from .resize import set_aside
+
+            set_aside(file, 0, size, full=preallocation == "full")
 
     @classmethod
     def measure(cls, size: int, data: Iterable[tuple[int, int]], options: dict[str, Any]) -> dict[str, int]:

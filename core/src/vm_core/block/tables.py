@@ -78,8 +78,11 @@ def runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
         yield first, last + 1 - first
 
 
-def places(entries: array[int], limit: int, step: int) -> list[tuple[int, int, int]]:
-    """Runs of the entries below *limit* as (first value, how many, index), each *step* more than the one before."""
+def places(entries: array[int], limit: int, step: int, most: int | None = None) -> list[tuple[int, int, int]]:
+    """Runs of the entries below *limit* as (first value, how many, index), each *step* more than the one before.
+
+    Raises ValueError where there are more than *most*: a table of many entries that all say the same has as many runs.
+    """
     found: list[tuple[int, int, int]] = []
     index, stop = 0, len(entries)
     while index < stop:
@@ -89,6 +92,8 @@ def places(entries: array[int], limit: int, step: int) -> list[tuple[int, int, i
             if entry + (count - 1) * step >= limit:
                 count = (limit - 1 - entry) // step + 1
             found.append((entry, count, index))
+            if most is not None and len(found) > most:
+                raise ValueError(f"more than {most} runs")
         else:
             count = run_length(entries, index, stop, 0)
         index += count

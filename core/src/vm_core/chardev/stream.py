@@ -104,10 +104,10 @@ class Stream(Chardev):
         self._loop, self._in, self._out = loop, read_fd, write_fd
         if write_fd is not None:
             self._writer = Writer(write_fd, self.id, self.before_output)
+        loop.call_soon(self.on_open)  # before anything is read: what came earlier would be nobody's
         if read_fd is not None:
             fd = read_fd
             loop.call_soon(lambda: self._watch(fd))
-        loop.call_soon(self.on_open)
 
     def _watch(self, fd: int) -> None:
         try:
@@ -117,6 +117,7 @@ class Stream(Chardev):
             with contextlib.suppress(OSError):
                 while data := os.read(fd, 65536):
                     self.on_data(data)
+            self.on_close()
 
     def _readable(self) -> None:
         if self._in is None or self._loop is None:  # closed meanwhile

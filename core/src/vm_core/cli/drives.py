@@ -149,8 +149,8 @@ def parse_drive(text: str) -> DriveSpec:
     spec.discard = {"off": "ignore", "on": "unmap"}.get(spec.discard, spec.discard)
     if spec.index is not None and (spec.bus is not None or spec.unit is not None):
         raise UsageError(f"{where}: give either index= or bus= and unit=")
-    if spec.file is None and not spec.driver_options and spec.media != "cdrom":
-        raise UsageError(f"{where}: file=IMAGE is needed")
+    if spec.file is None and not spec.driver_options and spec.media != "cdrom" and spec.interface != "none":
+        raise UsageError(f"{where}: Device needs media, but drive is empty: file=IMAGE is needed")
     return spec
 
 

@@ -74,7 +74,7 @@ class Images:
                 rerror=spec.rerror,
                 werror=spec.werror,
                 readonly=spec.readonly or cdrom,
-                removable=cdrom or spec.interface == "floppy",
+                removable=cdrom or spec.interface == "floppy" or node is None,
             )
             if engine != "threads":
                 backend.start()

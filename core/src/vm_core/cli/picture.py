@@ -50,10 +50,12 @@ def drive_layers(drive: Drive) -> Layer:
 
 def node_layers(node: Node, role: str = "format") -> Layer:
     """The picture of *node* and of all below it."""
+    from ..block.medium import present
+
     children = node.children()
     if not children:
         return Layer("protocol" if role == "format" else role, node.driver, short_path(node.filename))
-    facts = [size(node.size)]
+    facts = [size(node.size) if present(node) else "no medium"]
     allocated = node.known_allocated().get("actual-size", 0)
     if allocated:
         facts.append(f"{size(allocated)} on the host")

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 #: Options that belong to the machine, not to a driver.
 _PLACE = ("addr", "unit")
+#: Kinds of media that a drive may be without.
+_REMOVABLE = frozenset({"cdrom", "floppy"})
 
 
 def add_device(machine: Machine, driver: str, options: dict[str, Any], backend: BlockBackend | None) -> Device:
@@ -23,6 +25,8 @@ def add_device(machine: Machine, driver: str, options: dict[str, Any], backend: 
 
     descriptor = cast(DeviceFrontend, registry().find("device", driver))
     where = f"-device {descriptor.name}"
+    if backend is not None and backend.node is None and not _REMOVABLE.intersection(descriptor.media):
+        raise UsageError(f"{where}: Device needs media, but drive is empty: drive={backend.name} has no file=")
     values = dict(options)
     id = str(values.pop("id", "") or _free_id(machine, descriptor.name))
     if id in machine.devices:

@@ -17,12 +17,12 @@ def block_info(drive: Drive) -> dict[str, Any]:
         "locked": drive.backend.locked,
         "removable": drive.backend.removable,
         "type": "unknown",
-        "io-status": "failed" if drive.backend.stopped_requests else "ok",
     }
     if drive.device is not None:
+        info["io-status"] = "failed" if drive.backend.stopped_requests else "ok"
         info["qdev"] = drive.device.id
-    if drive.backend.removable:
-        info["tray_open"] = drive.backend.tray_open
+        if drive.backend.removable:
+            info["tray_open"] = drive.backend.tray_open
     if drive.backend.node is not None:
         info["inserted"] = device_info(drive.backend.node, drive.backend, drive.detect_zeroes)
     return info
@@ -59,6 +59,8 @@ def device_info(node: Node, backend: BlockBackend | None, detect_zeroes: str = "
 
 def image_info(node: Node) -> dict[str, Any]:
     """``ImageInfo`` of *node* and of its backing chain."""
+    from ..block.medium import present
+
     info: dict[str, Any] = {
         "filename": node.filename,
         "format": node.driver,
@@ -66,6 +68,9 @@ def image_info(node: Node) -> dict[str, Any]:
         **node.known_allocated(),
         "dirty-flag": False,
     }
+    if not present(node):  # nothing more is known of it
+        del info["dirty-flag"]
+        return info
     if node.cluster_size > 1:
         info["cluster-size"] = node.cluster_size
     specific = node.info()

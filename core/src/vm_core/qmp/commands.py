@@ -254,9 +254,11 @@ def _open_tray(monitor: Monitor, drive: Drive) -> None:
 
 
 def _tray_moved(monitor: Monitor, drive: Drive) -> None:
+    if drive.device is None:  # then there is no tray
+        return
     data = {
         "device": drive.id,
-        "id": drive.device.id if drive.device is not None else "",
+        "id": drive.device.id,
         "tray-open": drive.backend.tray_open,
     }
     monitor.machine.events.emit("DEVICE_TRAY_MOVED", **data)
@@ -265,15 +267,22 @@ def _tray_moved(monitor: Monitor, drive: Drive) -> None:
 @command("block_resize", device="string?", node_name="string?", size="integer")
 def block_resize(monitor: Monitor, arguments: dict[str, Any]) -> Any:
     """Change the size of a drive (bytes)."""
+    from ..block.medium import present
+
     device, node_name = arguments.get("device"), arguments.get("node-name")
     for drive in monitor.drives:
         node = drive.backend.node
         if node is not None and ((device and drive.id == device) or (node_name and node.node_name == node_name)):
             break
     else:
+        if device and any(drive.id == device for drive in monitor.drives):
+            raise QmpError(f"Device '{device}' has no medium")
         raise QmpError(f"Cannot find device='{device or ''}' nor node-name='{node_name or ''}'")
     if arguments["size"] < 0:
         raise QmpError("Parameter 'size' expects a >0 size")
+    assert node is not None
+    if not present(node):
+        raise QmpError("No medium inserted")
     drive.backend.resize(arguments["size"])
     return {}
 

@@ -128,7 +128,7 @@ def _block_lines(info: dict[str, Any]) -> list[str]:
     if "qdev" in info:
         lines.append(f"    Attached to:      {info['qdev']}")
     if info["removable"]:
-        locked, tray = "" if info["locked"] else "not ", "open" if info["tray_open"] else "closed"
+        locked, tray = "" if info["locked"] else "not ", "open" if info.get("tray_open") else "closed"
         lines.append(f"    Removable device: {locked}locked, tray {tray}")
     if inserted is not None:
         cache = inserted["cache"]

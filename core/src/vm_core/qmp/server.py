@@ -35,7 +35,13 @@ class QmpServer:
         return self._monitor.version
 
     def _on_close(self) -> None:
-        self._session = None
+        # What came before the end is answered first: whoever pipes commands in closes that side when they are written.
+        session = self._session
+        self._thread.submit(lambda: self._end(session))
+
+    def _end(self, session: Session | None) -> None:
+        if self._session is session:
+            self._session = None
 
     def _on_data(self, data: bytes) -> None:
         session = self._session

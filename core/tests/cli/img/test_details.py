@@ -297,15 +297,17 @@ def test_a_drive_of_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(host_cdrom, "drive_status", lambda fd: state[0])
     monkeypatch.setattr(host_cdrom.HostCdromProtocol, "_check_type", classmethod(lambda cls, fd, filename: None))
     with open_node({"driver": "host_cdrom", "filename": str(disc)}) as node:
-        assert node.size == 0
+        assert not node.present
         with pytest.raises(BlockError) as caught:
             node.pread(0, 16)
         assert caught.value.errno == errno.ENOMEDIUM
         state[0] = host_cdrom.CDS_DISC_OK
+        assert node.present
         assert node.size == 4096
         assert node.pread(4094, 4) == b"11\0\0"
         state[0] = 1
-        assert node.size == 0
+        assert not node.present
+        assert not node.host_spans(0, 512, [], [], write=False, stable=False)
         disc.write_bytes(b"2" * 8192)
         state[0] = host_cdrom.CDS_DISC_OK
         assert node.size == 8192
@@ -313,6 +315,100 @@ def test_a_drive_of_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.undo()
     with pytest.raises(ImageError, match="a character or block device"):
         open_node({"driver": "host_cdrom", "filename": str(disc)})
+
+
+@pytest.fixture
+def empty_drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What looks like a drive of the host without a disc, and like 1 MiB to the kernel; and an image above it."""
+    from vm_core.block import host_cdrom
+
+    drive = tmp_path / "drive"
+    drive.write_bytes(bytes(1 << 20))
+    monkeypatch.setattr(host_cdrom, "drive_status", lambda fd: 1)
+    monkeypatch.setattr(host_cdrom.HostCdromProtocol, "_check_type", classmethod(lambda cls, fd, filename: None))
+    monkeypatch.setattr(host_cdrom.HostCdromProtocol, "create", classmethod(lambda cls, options, size: None))
+    return drive
+
+
+#: Command lines on such a drive, what is printed, and the exit status: as qemu-img 7.2 has them on a drive whose ioctl
+#: CDROM_DRIVE_STATUS says that it is empty.
+EMPTY = [
+    ("info {raw}", "virtual size: 1 MiB (1048576 bytes)", 0),
+    ("info {probed}", "file format: raw", 0),
+    ("map {raw}", "qemu-img: Failed to get size for '{raw}'\n", 1),
+    ("convert {raw} out", "qemu-img: Could not get size of {raw}: No medium found\n", 1),
+    ("convert -n --target-image-opts other {raw}", "qemu-img: unable to get output image length: No medium found\n", 1),
+    ("compare {raw} {other}", "qemu-img: Can't get size of {raw}: No medium found\n", 4),
+    ("compare {other} {raw}", "qemu-img: Can't get size of {raw}: No medium found\n", 4),
+    ("resize {raw} +1M", "qemu-img: Failed to inquire current image length: No medium found\n", 1),
+    ("bench -c 1 {raw}", "", 1),
+    ("check {raw}", "qemu-img: This image format does not support checks\n", 63),
+    ("snapshot -l {raw}", "", 0),
+    ("dd if={raw} of=out bs=512", "qemu-img: Failed to get size for '{raw}'\n", 1),
+    ("rebase -b '' {raw}", "qemu-img: Could not get size of '{raw}': No medium found\n", 1),
+]
+
+
+@pytest.mark.parametrize(("line", "told", "code"), EMPTY, ids=[line for line, _, _ in EMPTY])
+def test_an_empty_drive(line: str, told: str, code: int, empty_drive: Path) -> None:
+    """Where the peer says that there is no medium, so does this program; it is no image of 0 bytes."""
+    names = {
+        "probed": f"file.driver=host_cdrom,file.filename={empty_drive}",
+        "raw": f"driver=raw,file.driver=host_cdrom,file.filename={empty_drive}",
+        "other": "driver=raw,file.driver=file,file.filename=other",
+    }
+    (empty_drive.parent / "other").write_bytes(bytes(1 << 20))
+    first, *rest = shlex.split(line.format(**names))
+    words = rest if "--target-image-opts" in rest else ["--image-opts", *rest]
+    found = ours([first, *words], empty_drive.parent)
+    assert found.code == code
+    if code:
+        assert found.err == told.format(**names)
+    else:
+        assert told in found.out
+    assert not (empty_drive.parent / "out").exists()
+
+
+def test_an_empty_drive_below_an_image(empty_drive: Path) -> None:
+    """What needs the drive as its backing image needs the medium."""
+    from vm_core.block import medium
+    from vm_core.block.open import open_node
+
+    with open_node({"driver": "raw", "file": {"driver": "file", "filename": str(empty_drive)}}) as node:
+        assert medium.present(node)
+        assert not medium.removable(node)
+    below = {"driver": "raw", "size": 512, "file": {"driver": "host_cdrom", "filename": str(empty_drive)}}
+    with open_node({"driver": "raw", "file": below}) as node:
+        assert medium.removable(node)
+        assert not medium.present(node)
+        with pytest.raises(OSError, match="No medium found"):
+            medium.need(node)
+
+
+def test_vm_io_on_an_empty_drive(empty_drive: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All that touches the medium says that there is none."""
+    from vm_core.cli.io.main import main
+
+    lines = ["length", "map", "read 0 512", "readv 0 512", "write 0 512", "write -z 0 512", "discard 0 512"]
+    lines += ["truncate 1M", "aio_read 0 512", "aio_flush", "aio_write 0 512", "aio_flush", "info", "alloc 0 512"]
+    options = f"driver=raw,file.driver=host_cdrom,file.filename={empty_drive}"
+    words = [word for line in lines for word in ("-c", line)]
+    assert main(["--image-opts", *words, options], "qemu-io") == 1
+    found = capsys.readouterr()
+    none = "No medium found"
+    assert found.out.splitlines() == [
+        f"getlength: {none}",
+        f"read failed: {none}",
+        f"readv failed: {none}",
+        f"write failed: {none}",
+        f"write failed: {none}",
+        f"discard failed: {none}",
+        f"readv failed: {none}",
+        f"aio_write failed: {none}",
+        "format name: raw",
+        "512/512 bytes allocated at offset 0 bytes",
+    ]
+    assert found.err == f"qemu-io: Failed to query image length: {none}\nqemu-io: No medium inserted\n"
 
 
 @pytest.mark.parametrize("driver", ["host_device", "host_cdrom"])

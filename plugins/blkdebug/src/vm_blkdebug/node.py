@@ -115,7 +115,10 @@ class Blkdebug(Filter):
 
     def event(self, name: str) -> None:
         self.engine.event(name)
-        if name == "flush_to_disk" and self._unsettled:
+        if name == "flush_to_os":
+            # What was flushed by now was so of its own accord, by QEMU's format as well.
+            self._unsettled = self._changed
+        elif name == "flush_to_disk" and self._unsettled:
             # Formats here flush behind their last change themselves, QEMU's leave that to the flush which comes now.
             self._changed, self._unsettled = True, False
 

@@ -27,7 +27,7 @@ def advise(error: BaseException) -> str:
         if isinstance(cause, UsageError | ImageError) and cause.peer and "\n" not in str(cause):
             told, shown = str(cause), cause.peer
             if told.startswith(shown):
-                return told[len(shown) :].lstrip("; ")
+                return told[len(shown) :].lstrip(":; ")
             if shown not in told and len(told) < 400:
                 return told
     return ""
@@ -35,8 +35,8 @@ def advise(error: BaseException) -> str:
 
 #: What the system's errors ask for.
 _SYSTEM = {
-    errno.ENOSPC: "the disk is full: make room, or choose another place; what was written is incomplete",
-    errno.EDQUOT: "your quota is used up: make room, or choose another place; what was written is incomplete",
+    errno.ENOSPC: "the disk is full: make room, or choose another place",
+    errno.EDQUOT: "your quota is used up: make room, or choose another place",
     errno.EROFS: "the file system is mounted read-only: choose another place",
     errno.EFBIG: "the file system (or ulimit -f) allows no file of this size",
 }

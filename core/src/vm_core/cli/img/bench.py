@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ...errors import VmError
-from .common import Failure, Tool, reason
+from .common import Failure, Tool, need_medium, reason
 
 if TYPE_CHECKING:
     from ...block.jobs.job import Job
@@ -77,7 +77,12 @@ def run(args: list[str], tool: Tool) -> int:
     except Failure:
         raise Failure("Invalid cache mode") from None
     name = options.rest[0]
+    from ...block.medium import present
+
     with tool.open(name, image_opts=image_opts, format=format, write=write, cache=mode, share=share, aio=aio) as node:
+        if tool.peer and not present(node):
+            return 1  # without a word
+        need_medium(node, f"Could not get size of {name}")
         from ...block.file import engine_of
         from ...block.jobs.bench import Bench, Load
         from ...block.jobs.job import Job

@@ -64,6 +64,7 @@ def run(args: list[str], tool: Tool) -> int:
             except ImageError as error:
                 raise Failure(error.peer) from error
             except (VmError, OSError) as error:
+                tool.afterwards("the overlay is as it was: the same command goes on")
                 raise Failure(f"Block job failed: {_cause(error)}") from error
     tool.say("Image committed.")
     return 0

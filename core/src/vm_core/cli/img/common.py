@@ -144,7 +144,7 @@ class Tool:
         self.trust: list[str] = []
         #: ``--progress MODE``: text, bar, json or none; empty: by the terminal.
         self.progress_mode = ""
-        self._half_made: list[str] = []
+        self._afterwards: list[str] = []
 
     # Words
 
@@ -156,6 +156,25 @@ class Tool:
     def error(self, text: str, *, end: str = "\n") -> None:
         """Print ``PROG: text`` on standard error."""
         sys.stderr.write(f"{self.program}: {text}{end}")
+
+    def tell(self, error: BaseException) -> None:
+        """Print what ended the program: what a driver has to say before it, the error, what to do about it."""
+        for note in _notes(error):
+            self.error(note)
+        self.error(_sentence(error) if self.peer else _named(error, self.command))
+        if not self.peer:
+            self.hint(advice(error))
+        self.conclude()
+
+    def conclude(self) -> None:
+        """Say what :meth:`afterwards` was told."""
+        for text in self._afterwards:
+            self.hint(text)
+        self._afterwards.clear()
+
+    def afterwards(self, text: str) -> None:
+        """A hint to be given behind the error that ends the program: what is left, and how to go on."""
+        self._afterwards.append(text)
 
     def warn(self, text: str) -> None:
         """Print ``PROG: warning: text`` on standard error."""
@@ -358,12 +377,12 @@ class Tool:
         except BaseException:
             if not kept and os.path.lexists(path):
                 if existed:
-                    self.hint(f"'{path}' is not complete now")
+                    self.afterwards(f"'{path}' is not complete now")
                 else:
                     try:
                         os.unlink(path)
                     except OSError:
-                        self.hint(f"'{path}' is not complete and could not be removed")
+                        self.afterwards(f"'{path}' is not complete and could not be removed")
             raise
 
 
@@ -373,6 +392,43 @@ class OpenFailure(Failure):
     def __init__(self, text: str, error: BaseException) -> None:
         super().__init__(text)
         self.error = error
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What a driver added to an error that is to be told before it."""
+    found: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        found = [*getattr(cause, "__notes__", ()), *found]
+        cause = cause.__cause__
+    return found
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, OSError) and not isinstance(error, VmError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return reason(error) or type(error).__name__
+
+
+def _named(error: BaseException, command: str) -> str:
+    """The sentence; where it is nothing but the system's word for an error, with the subcommand in front."""
+    text = _sentence(error)
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno and text == os.strerror(cause.errno):
+            return f"{command or 'error'}: {text}"
+        cause = cause.__cause__
+    return text
+
+
+def need_medium(node: Node, told: str, *, why: bool = True) -> None:
+    """Raise Failure with *told*, and the reason behind it (*why*), where a drive of the host below *node* is empty."""
+    from ...block.medium import need
+
+    try:
+        need(node)
+    except OSError as error:
+        raise Failure(f"{told}: {reason(error)}" if why else told) from None
 
 
 def advice(error: BaseException) -> str:

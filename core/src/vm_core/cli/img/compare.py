@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .common import Failure, Tool, reason
+from .common import Failure, Tool, need_medium, reason
 
 LONG = {"help": "h", "object:": "object", "image-opts": "image-opts", "force-share": "U"}
 
@@ -59,6 +59,12 @@ def run(args: list[str], tool: Tool) -> int:
         except Failure as failure:
             failure.code = CANNOT_OPEN
             raise
+        for name, node in zip(options.rest, (first, second), strict=True):
+            try:
+                need_medium(node, f"Can't get size of {name}")
+            except Failure as failure:
+                failure.code = CANNOT_READ
+                raise
         watched = show or tool.progress_mode == "json"
         result = compare(first, second, strict=strict, job=Job(progress if watched else None))
         found = result.difference

@@ -10,7 +10,7 @@ from .help import COMMANDS, EXTRA, Command
 _SCRIPT = r"""# bash completion for vm-img: source this file, or put it into /etc/bash_completion.d/
 # Made by "vm-img completion bash" from the formats installed then; make it again after installing others.
 _vm_img() {
-    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} command= words= at
+    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} command= words= head= format= at
     for ((at = 1; at < COMP_CWORD; at++)); do
         case "${COMP_WORDS[at]}" in
             --trust|--progress|-T|--trace) ((at++));;
@@ -27,18 +27,35 @@ _vm_img() {
         mapfile -t COMPREPLY < <(compgen -W "$words" -- "$cur")
         return
     fi
+    # --name=value is one word here.
+    [[ $cur == --*=* ]] && prev=${cur%%=*} head=$prev= cur=${cur#*=}
+    for ((at = 1; at < COMP_CWORD; at++)); do
+        case "$command:${COMP_WORDS[at]}" in
+            create:-f|amend:-f|*:-O) format=${COMP_WORDS[at+1]};;
+        esac
+    done
     case "$command:$prev" in
         completion:*) words=bash;;
+        *:-o)
+            # Lists of name=value: complete the part behind the last comma.
+            [[ $cur == *,* ]] && head=${cur%,*}, cur=${cur##*,}
+            case "$format:${cur%%=*}" in
+@CHOICES@
+            esac
+            if [[ $cur == *=* && -n $words ]]; then
+                head=$head${cur%%=*}= cur=${cur#*=}
+            else
+                case "$format" in
+@NAMES@
+                esac
+            fi;;
 @VALUES@
         *) case "$command" in
 @OPTIONS@
         esac;;
     esac
-    if [[ $cur == -* || -n $words && $cur != -* && $words != -* ]]; then
-        # Lists of key=value: complete the part behind the last comma.
-        local head=
-        [[ $cur == *,* ]] && head=${cur%,*},
-        mapfile -t COMPREPLY < <(compgen -P "$head" -W "$words" -- "${cur##*,}")
+    if [[ $cur == -* || -n $words && $words != -* ]]; then
+        mapfile -t COMPREPLY < <(compgen -P "$head" -W "$words" -- "$cur")
         [[ ${COMPREPLY[0]} == *= ]] && compopt -o nospace
     else
         mapfile -t COMPREPLY < <(compgen -f -- "$cur")
@@ -67,12 +84,11 @@ def script() -> str:
     from ...plugins import drivers
 
     formats = sorted(one.name for one in drivers("format"))
-    creatable = [one for one in drivers("format") if "create" in one.capabilities]
-    options = sorted({f"{option.name}=" for one in creatable for option in getattr(one, "create_options", ())})
+    creatable = sorted((one for one in drivers("format") if "create" in one.capabilities), key=lambda one: one.name)
     commands = {**COMMANDS, **EXTRA}
     values = {
-        "*:-f|*:-F|*:-O|*:--format|*:--source-format": " ".join(formats),
-        "*:-o": " ".join([*options, "help"]),
+        "create:-f|*:-O": " ".join(one.name for one in creatable),
+        "*:-f|*:-F|*:--format|*:--source-format": " ".join(formats),
         "*:-t|*:-T": _CACHE,
         "check:-r|check:--repair": "leaks all",
         "*:--output": "human json",
@@ -80,11 +96,33 @@ def script() -> str:
         "*:--progress": "text bar json none",
         "*:--object": "secret,id=",
         "bench:-i": "threads native io_uring",
+        "verify:-a|verify:--algorithm": "sha256 blake2b",
     }
     lines = [f"        {pattern}) words='{words}';;" for pattern, words in values.items()]
     cases = [f"            {name}) words='{' '.join(_options(one))}';;" for name, one in sorted(commands.items())]
-    filled = _SCRIPT.replace("@COMMANDS@", " ".join(sorted(commands)))
-    return filled.replace("@VALUES@", "\n".join(lines)).replace("@OPTIONS@", "\n".join(cases))
+    named: list[str] = []
+    chosen: list[str] = []
+    every: set[str] = set()
+    for driver in creatable:
+        options = getattr(driver, "create_options", ())
+        own = {f"{option.name}=" for option in options}
+        every |= own
+        named.append(f"                    {driver.name}) words='{' '.join(sorted(own))} help';;")
+        for option in options:
+            words = "on off" if option.type == "bool" else " ".join(option.choices)
+            if words:
+                chosen.append(f"                {driver.name}:{option.name}) words='{words}';;")
+    named.append(f"                    *) words='{' '.join(sorted(every))} help';;")
+    filled = _SCRIPT
+    for mark, text in (
+        ("@COMMANDS@", " ".join(sorted(commands))),
+        ("@CHOICES@", "\n".join(chosen)),
+        ("@NAMES@", "\n".join(named)),
+        ("@VALUES@", "\n".join(lines)),
+        ("@OPTIONS@", "\n".join(cases)),
+    ):
+        filled = filled.replace(mark, text)
+    return filled
 
 
 def _options(command: Command) -> list[str]:

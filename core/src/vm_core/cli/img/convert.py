@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ImageError, UsageError, VmError
-from .common import Failure, Tool, reason
+from .common import Failure, Tool, need_medium, reason
 
 if TYPE_CHECKING:
     from ...block.formatnode import FormatNode
@@ -243,6 +243,8 @@ def _convert(tool: Tool, given: _Arguments, sources: list[Node], stack: ExitStac
     from ...block.jobs.job import Job
     from ...block.jobs.source import sectors_up
 
+    for name, node in zip(given.names, sources, strict=False):
+        need_medium(node, f"Could not get size of {name}")
     size = sum(sectors_up(node.size) for node in sources)
     options = _create_options(tool, given)
     backing = options.get("backing_file", "") if given.create else given.backing
@@ -270,6 +272,7 @@ def _convert(tool: Tool, given: _Arguments, sources: list[Node], stack: ExitStac
             options={key: value for key, value in options.items() if ("." + key).endswith(".key-secret")},
         )
     )
+    need_medium(target, "unable to get output image length")
     if target.size < size and not (given.create and "size" in options):
         if not given.create:
             raise Failure("output file is smaller than input file")
@@ -286,22 +289,27 @@ def _convert(tool: Tool, given: _Arguments, sources: list[Node], stack: ExitStac
         zero_init = given.target_is_zero
     with tool.progress(given.progress) as progress:
         job = Job(progress if given.progress or tool.progress_mode == "json" else None, rate=given.rate)
-        convert(
-            sources,
-            target,
-            ConvertOptions(
-                sparse=SPARSE if given.sparse is None else given.sparse,
-                workers=given.workers,
-                in_order=given.in_order,
-                compressed=given.compressed,
-                copy_range=given.copy_range,
-                salvage=given.salvage,
-                backing=below,
-                zero_init=zero_init,
-            ),
-            job=job,
-            warn=tool.warn,
-        )
+        try:
+            convert(
+                sources,
+                target,
+                ConvertOptions(
+                    sparse=SPARSE if given.sparse is None else given.sparse,
+                    workers=given.workers,
+                    in_order=given.in_order,
+                    compressed=given.compressed,
+                    copy_range=given.copy_range,
+                    salvage=given.salvage,
+                    backing=below,
+                    zero_init=zero_init,
+                ),
+                job=job,
+                warn=tool.warn,
+            )
+        except BaseException:
+            if not given.create:
+                tool.afterwards(f"'{given.target}' is not complete now")
+            raise
     if given.bitmaps:
         assert isinstance(target, FormatNode)
         _copy_bitmaps(tool, given, sources[0], target)

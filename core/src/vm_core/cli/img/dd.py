@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from ...errors import VmError
-from .common import Failure, Tool, reason
+from .common import Failure, Tool, need_medium, reason
 
 if TYPE_CHECKING:
     from ...descriptors import Descriptor
@@ -55,6 +55,7 @@ def run(args: list[str], tool: Tool) -> int:
         driver = _driver(target_format)
         if "create" not in driver.capabilities:
             raise Failure(f"Format driver '{target_format}' does not support image creation")
+        need_medium(source, f"Failed to get size for '{words['if']}'", why=False)
         size = source.size if source_size < 0 else min(source_size, source.size)
         if count >= 0:
             size = min(size, count * block)  # as the peer has it: blocks that are skipped count

@@ -312,13 +312,27 @@ EXTRA: dict[str, Command] = {
         ("compact -p disk.qcow2", "compact -n disk.qcow2"),
     ),
     "completion": Command("bash", "print a completion script", (), ("completion bash >~/.vm-img; . ~/.vm-img",)),
-    "convert-inplace": Command("-O output_fmt filename", "turn QCOW2 into QED or back without copying data"),
+    "convert-inplace": Command(
+        "[-f fmt] -O output_fmt [-p] [-q] filename",
+        "turn QCOW2 into QED or back without copying data",
+        (
+            ("-O, --target-format FMT", "what it becomes: qcow2 or qed"),
+            _FORMAT,
+            _PROGRESS,
+            _QUIET,
+            (
+                "",
+                "New metadata is written beside the old: interrupted at any moment, the image is one or the other.",
+            ),
+        ),
+        ("convert-inplace -O qcow2 disk.qed",),
+    ),
     "verify": Command(
         "[--object objectdef] [--image-opts] [-f fmt] [-m manifest | -w manifest [-a algorithm] [-b block_size]] "
         "[--sum] [--backing-chain] [-T src_cache] [-p] [-q] [-U] [--output=ofmt] filename",
         "check metadata and contents of an image, against a manifest of what it held",
         (
-            ("-m, --manifest FILE", "compare each block with this manifest and tell every range that differs"),
+            ("-m, --manifest FILE", "compare each block with this manifest (- for standard input), tell what differs"),
             (
                 "-w, --write FILE",
                 "write a manifest of what the guest sees (- for standard output), whatever the format",
@@ -343,7 +357,6 @@ EXTRA: dict[str, Command] = {
         ),
         ("verify -w disk.manifest disk.qcow2", "verify -p -m disk.manifest backup.raw"),
     ),
-    "stream": Command("[options] filename", "copy what backing images hold into the image"),
 }
 
 _GLOBAL = (

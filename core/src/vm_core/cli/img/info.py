@@ -83,6 +83,7 @@ def image_info(node: Node) -> dict[str, Any]:
     """QEMU's ImageInfo of an open image."""
     from ...block.create import backing_path
     from ...block.formatnode import FormatNode
+    from ...block.medium import present
     from ...block.names import place_of
 
     info: dict[str, Any] = {
@@ -92,7 +93,9 @@ def image_info(node: Node) -> dict[str, Any]:
         **node.known_allocated(),
         "dirty-flag": False,
     }
-    if isinstance(node, FormatNode):
+    if not present(node):  # nothing more is known of it
+        del info["dirty-flag"]
+    elif isinstance(node, FormatNode):
         format = node.format
         if format.tells_clusters:
             if format.cluster_size > 1:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import FatalError, VmError
 from ..getopt import MISSING, UNKNOWN, Getopt
-from .common import Exit, Failure, Tool, reason
+from .common import Exit, Failure, Tool
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -83,27 +83,12 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     except (VmError, OSError) as error:
         if os.environ.get("VM_DEBUG"):
             raise
-        for note in _notes(error):
-            tool.error(note)
-        tool.error(_sentence(error))
-        if not tool.peer:
-            from .common import advice
-
-            tool.hint(advice(error))
+        tool.tell(error)
         return _end(error.code if isinstance(error, Failure) else 1)
     except KeyboardInterrupt:
         sys.stderr.write("\n")
+        tool.conclude()
         return _end(INTERRUPTED)
-
-
-def _notes(error: BaseException) -> list[str]:
-    """What a driver added to an error that is to be told before it."""
-    found: list[str] = []
-    cause: BaseException | None = error
-    while cause is not None:
-        found = [*getattr(cause, "__notes__", ()), *found]
-        cause = cause.__cause__
-    return found
 
 
 def _end(code: int) -> int:
@@ -112,12 +97,6 @@ def _end(code: int) -> int:
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
-
-
-def _sentence(error: BaseException) -> str:
-    if isinstance(error, OSError) and not isinstance(error, VmError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return reason(error) or type(error).__name__
 
 
 def _run(tool: Tool, words: list[str]) -> int:

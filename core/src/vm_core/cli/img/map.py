@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from .common import Failure, Tool
+from .common import Failure, Tool, need_medium
 
 if TYPE_CHECKING:
     from ...block.mapping import Mapping
@@ -59,9 +59,14 @@ def run(args: list[str], tool: Tool) -> int:
     if len(options.rest) != 1:
         tool.usage("Expecting one image file name")
     as_json = tool.output(output) if output is not None else False
+    from ...block.medium import present
+
     with tool.open(options.rest[0], image_opts=image_opts, format=format, share=share) as node:
         if not as_json:
             print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
+        elif tool.peer and not present(node):
+            sys.stdout.write("[")
+        need_medium(node, f"Failed to get size for '{options.rest[0]}'", why=False)
         end = -(-node.size // 512) * 512
         if limit >= 0:
             end = min(end, start + limit)
@@ -162,17 +167,15 @@ def _resolve(node: Node, start: int, end: int, depth: int) -> Iterator[Entry]:
                 host = run.host if run.storage is not None else -1
                 file = run.storage.filename if run.storage is not None and host >= 0 else ""
                 yield Entry(run.offset, length, depth, True, True, False, host, file)
-            elif below is None:
-                # Space may be set aside for what was never written (a cluster of which other parts are in use).
-                host = run.host if run.storage is not None else -1
-                file = run.storage.filename if run.storage is not None and host >= 0 else ""
-                yield Entry(run.offset, length, depth, False, True, False, host, file)
             else:
                 inside = max(0, min(length, below_end - run.offset))
-                if inside:
+                if below is not None and inside:
                     yield from _resolve(below, run.offset, run.offset + inside, depth + 1)
                 if inside < length:
-                    yield Entry(run.offset + inside, length - inside, depth, False, True, False, -1, "")
+                    # Space may be set aside for what was never written (a cluster of which other parts are in use).
+                    host = run.host + inside if run.storage is not None and run.host >= 0 else -1
+                    file = run.storage.filename if run.storage is not None and host >= 0 else ""
+                    yield Entry(run.offset + inside, length - inside, depth, False, True, False, host, file)
     if position < end and position >= start:
         # The last sector counts whole; what a file lacks of it reads as zeroes.
         tail = next(node.map(node.size - 1, 1), None) if node.transparent and node.size else None

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from ...errors import PluginError, VmError
-from .common import Failure, Tool, reason
+from .common import Failure, Tool, need_medium, reason
 
 if TYPE_CHECKING:
     from ...block.cache import CacheMode
@@ -75,8 +75,9 @@ def run(args: list[str], tool: Tool) -> int:
                 new = None
                 if backing:
                     new = stack.enter_context(_open_new(tool, node, backing, backing_format, source_mode, share))
+                need_medium(node, f"Could not get size of '{name}'")
                 _check_name(tool, node, backing, backing_format)
-                _move(node, new, compressed, progress if show or tool.progress_mode == "json" else None)
+                _move(tool, node, new, compressed, progress if show or tool.progress_mode == "json" else None)
             _change(tool, node, backing or None, backing_format)
     finally:
         progress.end(failed=True)  # the peer does not say 100 % at the end
@@ -116,9 +117,10 @@ def _open_new(tool: Tool, node: Node, name: str, format: str | None, cache: Cach
         raise Failure(f"Could not open new backing file '{name}': {reason(error)}") from error
 
 
-def _move(node: Node, new: Node | None, compressed: bool, progress: object) -> None:
+def _move(tool: Tool, node: Node, new: Node | None, compressed: bool, progress: object) -> None:
     from ...block.formatnode import FormatNode
     from ...block.jobs.commit import chain
+    from ...block.jobs.convert import CopyError
     from ...block.jobs.job import Job
     from ...block.jobs.rebase import rebase
 
@@ -130,7 +132,13 @@ def _move(node: Node, new: Node | None, compressed: bool, progress: object) -> N
 
         if not can_compress(image):
             raise Failure("Compression not supported for this file format")
-    rebase(image, new, compressed=compressed, job=Job(progress))  # type: ignore[arg-type]
+    try:
+        rebase(image, new, compressed=compressed, job=Job(progress))  # type: ignore[arg-type]
+    except CopyError as error:
+        tool.afterwards("the image has its former backing file and the same contents: the same command goes on")
+        if error.what == "writing":
+            raise Failure(f"Error while writing to COW image: {error.text}") from error
+        raise
 
 
 def _check_name(tool: Tool, node: Node, backing: str | None, format: str | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...errors import VmError
-from .common import Failure, Tool, reason
+from .common import Failure, Tool, need_medium, reason
 
 if TYPE_CHECKING:
     from ...block.node import Node
@@ -70,15 +70,8 @@ def _amount(text: str) -> int:
         raise Failure(f"Value '{text}' is out of range for parameter 'size'") from None
 
 
-def _resizable(node: Node) -> bool:
-    """Whether the format's driver says so; filters and protocols are asked by trying."""
-    from ...block.formatnode import FormatNode
-    from ...plugins import find
-
-    return not isinstance(node, FormatNode) or "resize" in find("format", node.driver).capabilities
-
-
 def _resize(tool: Tool, node: Node, sign: str, amount: int, preallocation: str, shrink: bool) -> None:
+    need_medium(node, "Failed to inquire current image length")
     current = -(-node.size // 512) * 512
     total = current + amount if sign == "+" else current - amount if sign == "-" else amount
     if not 0 < total < 1 << 63:
@@ -94,12 +87,12 @@ def _resize(tool: Tool, node: Node, sign: str, amount: int, preallocation: str, 
         from .common import Exit
 
         raise Exit(1)
-    if not _resizable(node):
-        raise Failure("Image format driver does not support resize")
+    from ...block.resize import NOT_RESIZABLE, grow_allocated, resizable
+
+    if not resizable(node):
+        raise Failure(NOT_RESIZABLE)
     try:
         if preallocation != "off":
-            from ...block.resize import grow_allocated
-
             grow_allocated(node, total, preallocation)
         else:
             node.truncate(total)

@@ -196,7 +196,7 @@ def run(session: Session, line: str) -> int:
             wanted = f"between {command.least} and {command.most}"
         sys.stderr.write(f"bad argument count {count} to {words[0]}, expected {wanted} arguments\n")
         return 1
-    if command.writes and session.image.readonly:
+    if command.writes and session.image.readonly and not session.empty:
         session.tool.error("Block node is read-only")
         return 1
     module, _, name = command.function.partition(":")

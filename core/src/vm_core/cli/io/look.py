@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 
 def length(session: Session, words: Sequence[str]) -> int:
     """``length``."""
+    if session.empty:
+        session.out.write(f"getlength: {os.strerror(errno.ENOMEDIUM)}\n")
+        return 1
     session.out.write(f"{human(session.size)}\n")
     return 0
 
@@ -61,6 +66,9 @@ def alloc(session: Session, words: Sequence[str]) -> int:
 
 def show_map(session: Session, words: Sequence[str]) -> int:
     """``map``: all runs of the image."""
+    if session.empty:
+        session.tool.error(f"Failed to query image length: {os.strerror(errno.ENOMEDIUM)}")
+        return 1
     if session.size:
         for offset, size, said in allocated(session.image, 0, session.size):
             text = "    allocated" if said else "not allocated"
@@ -77,6 +85,8 @@ def info(session: Session, words: Sequence[str]) -> int:
     session.out.write(f"format name: {node.driver}\n")
     if node.is_protocol:  # its name as a protocol
         session.out.write(f"format name: {node.driver}\n")
+    if session.empty:
+        return 1
     below = node
     try:
         facts = node.info()

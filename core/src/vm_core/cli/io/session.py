@@ -51,6 +51,8 @@ class Session:
         #: ``-m``: buffers for O_DIRECT do not start where it wants them.
         self.misalign = False
         self.done = False
+        #: The image has a drive of the host below it, which may be empty.
+        self._removable = False
         self._queue: Queue | None = None
         self._carrier: Carrier | None = None
 
@@ -69,6 +71,15 @@ class Session:
     def size(self) -> int:
         """Bytes that requests may reach: whole sectors."""
         return -(-self.image.size // SECTOR) * SECTOR
+
+    @property
+    def empty(self) -> bool:
+        """Whether a drive of the host that the image needs has no medium."""
+        if not self._removable:
+            return False
+        from ...block.medium import present
+
+        return not present(self.image)
 
     @property
     def queue(self) -> Queue:
@@ -102,6 +113,8 @@ class Session:
         if how.share and options.get("force-share", "on") != "on":
             self.tool.error("-U conflicts with image options")
             return 1
+        from ...block.medium import removable
+
         try:
             node = self._open_node(name, how, options)
             try:
@@ -115,6 +128,7 @@ class Session:
             return 1
         self._carrier = carrier
         self.node, self.how, self.writethrough = node, how, how.writethrough
+        self._removable = removable(node)
         return 0
 
     def _open_node(self, name: str | None, how: How, options: dict[str, str]) -> Node:

@@ -192,7 +192,9 @@ def _failed(error: BaseException) -> str:
 
 
 def _check(session: Session, offset: int, length: int) -> None:
-    """Raise EIO where a request passes the image's end."""
+    """Raise EIO where a request passes the image's end, ENOMEDIUM where there is no medium."""
+    if session.empty:
+        raise BlockError.of(errno.ENOMEDIUM)
     if offset + length > session.size:
         raise BlockError.of(errno.EIO)
 
@@ -522,11 +524,15 @@ def truncate(session: Session, words: Sequence[str]) -> int:
     node = session.image
 
     def work() -> None:
+        from ...block.resize import NOT_RESIZABLE, grow_allocated, resizable
+
+        if session.empty:
+            raise UsageError("No medium inserted")
+        if not resizable(node):
+            raise UsageError(NOT_RESIZABLE)
         if preallocation == "off":
             node.truncate(size)
         else:
-            from ...block.resize import grow_allocated
-
             grow_allocated(node, size, preallocation)
 
     _, failure = _timed(session, work)
