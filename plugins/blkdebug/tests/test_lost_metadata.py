@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from vm_core.testing.iopeer import PEER_IMG, both, needs_peer
 
-pytestmark = needs_peer
+pytestmark = [needs_peer, pytest.mark.skipif(find_spec("vm_qcow2") is None, reason="needs vm-qcow2")]
 
 #: Event: how the image is made, what is written.
 EVENTS = {
