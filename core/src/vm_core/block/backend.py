@@ -156,7 +156,7 @@ class BlockBackend:
 
     @property
     def size(self) -> int:
-        """Bytes of the medium, 0 without one."""
+        """Bytes of the medium, 0 without one: whole sectors, as in QEMU. The rest of the last one reads as zeroes."""
         node = self._node
         if node is None:
             return 0
@@ -165,7 +165,7 @@ class BlockBackend:
 
             if not present(node):  # a drive of the host that is empty
                 return 0
-        return node.size
+        return _reach(node)
 
     @property
     def readonly(self) -> bool:
@@ -348,7 +348,7 @@ class BlockBackend:
         node = self._medium()
         op = request.op
         if op is Op.READ:
-            if request.offset + request.length > node.size:
+            if request.offset + request.length > _reach(node):
                 raise BlockError.of(errno.EIO)
             node.read(request.offset, request.buffers)
             return
@@ -359,7 +359,7 @@ class BlockBackend:
         if self._readonly or node.readonly:
             raise BlockError.of(errno.EACCES)
         stable = (request.fua or not self._write_cache) and not self.cache.no_flush
-        if op is not Op.DISCARD and request.offset + request.length > node.size:
+        if op is not Op.DISCARD and request.offset + request.length > _reach(node):
             raise BlockError.of(errno.EIO)
         if op is Op.WRITE:
             node.write(request.offset, request.buffers, fua=stable)

@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from itertools import count
 from threading import Condition, RLock
 
-from . import attended
-
 #: An end beyond every offset.
 EVERYTHING = 1 << 63
 
@@ -95,6 +93,8 @@ class RangeLock:
     def _wait(self, ticket: int, start: int, end: int, exclusive: bool) -> None:
         if self.owned or not self._blocked(ticket, start, end, exclusive):
             return
+        from . import attended
+
         self._waiting += 1
         try:
             while self._blocked(ticket, start, end, exclusive):
@@ -109,6 +109,8 @@ class RangeLock:
 
     def _settle(self) -> bool:
         """Let requests finish that only this thread can finish, as their locks may be those that it waits for."""
+        from . import attended
+
         self.mutex.release()
         try:
             return attended.settle()

@@ -24,6 +24,15 @@ def resizable(node: Node) -> bool:
     return not isinstance(node, FormatNode) or "resize" in find("format", node.driver).capabilities
 
 
+def on_device(node: Node) -> bool:
+    """Whether a raw image's bytes are those of a device, whose size nobody changes."""
+    from .host_device import HostDeviceProtocol
+
+    while node.transparent and "file" in node.children():
+        node = node.children()["file"]
+    return isinstance(node, HostDeviceProtocol)
+
+
 def grow_allocated(node: Node, size: int, mode: str) -> None:
     """Make *node* *size* bytes long and set host space aside; *mode* is ``metadata``, ``falloc`` or ``full``.
 
@@ -34,6 +43,8 @@ def grow_allocated(node: Node, size: int, mode: str) -> None:
     if isinstance(node, FormatNode):
         node.truncate_preallocated(size, mode)
         return
+    if on_device(node):
+        raise UsageError(f"Preallocation mode '{mode}' unsupported for this non-regular file")
     former = node.size
     if size < former:
         raise UsageError("Cannot use preallocation for shrinking files")

@@ -47,6 +47,8 @@ class Allocator:
         self.pending: list[tuple[int, int, bool]] = []
         #: Among those are some that nothing else points at.
         self.reusable = False
+        #: How often each cluster with compressed data is among them: several extents lie in one.
+        self._given: dict[int, int] = {}
         #: Where the last compressed cluster ended; 0: at the end of a cluster, or there was none.
         self._bytes_at = 0
         #: From here on the file was never written: reads as zeroes.
@@ -387,25 +389,33 @@ class Allocator:
 
     # Giving back
 
-    def free(self, first: int, count: int, *, requested: bool = False) -> None:
-        """Tables point at these clusters once less. *requested*: the guest said so, and the host may have the space."""
+    def free(self, first: int, count: int, *, requested: bool = False) -> bool:
+        """Tables point at these clusters once less. *requested*: the guest said so, and the host may have the space.
+
+        False, told and with nothing noted, where that cannot be.
+        """
         try:
             # Damage is told now; the count itself goes down later.
             self.reusable = self.refcounts.any_one(first, count) or self.reusable
         except BlockError as error:
             notice(f"qcow2_free_clusters failed: {os.strerror(error.code)}")
-            return
+            return False
         if self.pending and self.pending[-1][2] == requested and self.pending[-1][0] + self.pending[-1][1] == first:
             last = self.pending[-1]
             self.pending[-1] = (last[0], last[1] + count, requested)
         else:
             self.pending.append((first, count, requested))
+        return True
 
     def free_extent(self, offset: int, length: int, *, requested: bool = False) -> None:
         """The same for all clusters that a compressed extent touches."""
         bits = self.store.geometry.cluster_bits
         first = offset >> bits
-        self.free(first, (offset + length - 1 >> bits) - first + 1, requested=requested)
+        count = (offset + length - 1 >> bits) - first + 1
+        if self.free(first, count, requested=requested):
+            for cluster in range(first, first + count):
+                given = self._given[cluster] = self._given.get(cluster, 0) + 1
+                self.reusable = self.reusable or self.refcounts.get(cluster) == given
 
     def cancel(self, first: int, count: int) -> None:
         """Clusters that were taken and that nothing ever pointed at."""
@@ -421,6 +431,7 @@ class Allocator:
         if self.pending:
             self.store.file.event("cluster_free")
         self.reusable = False
+        self._given.clear()
         while self.pending:
             first, count, requested = self.pending[-1]
             freed = self.refcounts.decrement(first, count)

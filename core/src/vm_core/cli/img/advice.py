@@ -14,6 +14,10 @@ def advise(error: BaseException) -> str:
         if isinstance(cause, LockError):
             return "stop the program that uses the image; to look at it all the same, use -U (--force-share)"
         if isinstance(cause, PluginError) and cause.peer:
+            if cause.peer.startswith("Unknown file format"):
+                from .createopts import creatable
+
+                return creatable(cause)
             return str(cause)
         if isinstance(cause, OSError) and cause.errno is not None:
             found = _SYSTEM.get(cause.errno)
@@ -51,6 +55,9 @@ _WORDS = (
         "Could not open backing image",
         "the file behind -b is looked for beside the new image; -u creates without looking",
     ),
+    ("Failed to load snapshot", "snapshot -l lists the snapshots that there are"),
+    ("snapshot not found", "snapshot -l lists the snapshots that there are"),
+    ("Could not create snapshot", ""),
     ("No such file or directory", "check the name, and for a new image that the directory exists"),
     ("Permission denied", "you may not do that with this file: see its owner and mode with ls -l"),
     ("Read-only file system", "the file system is mounted read-only: choose another place"),

@@ -40,7 +40,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -360,30 +360,51 @@ class Tool:
         return make(self, enabled, step)
 
     @contextmanager
-    def target(self, path: str) -> Iterator[Callable[[], None]]:
-        """The file at *path* is being made: unless the body gets to its end, or calls what it is given, it is removed.
+    def target(self, path: str) -> Iterator[Target]:
+        """The file at *path* is being made: unless the body gets to its end, or keeps it, it is removed.
 
-        What existed before is named instead.
+        What existed before stays; if it was changed by then, that is told.
         """
-        existed = os.path.lexists(path)
-        kept = False
-
-        def keep() -> None:
-            nonlocal kept
-            kept = True
-
+        target = Target(path)
         try:
-            yield keep
+            yield target
         except BaseException:
-            if not kept and os.path.lexists(path):
-                if existed:
-                    self.afterwards(f"'{path}' is not complete now")
+            if target.existed and not os.path.lexists(path):
+                self.afterwards(f"what '{path}' was before is gone")
+            elif not target.kept and os.path.lexists(path):
+                if target.existed:
+                    if target.changed():
+                        self.afterwards(f"'{path}' is not complete now")
                 else:
                     try:
                         os.unlink(path)
                     except OSError:
                         self.afterwards(f"'{path}' is not complete and could not be removed")
             raise
+
+
+class Target:
+    """A file that is being made, see :meth:`Tool.target`."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.existed = os.path.lexists(path)
+        #: A failure leaves it as it is.
+        self.kept = False
+        #: It has been made, and is being filled: to be set.
+        self.begun = False
+        self._before = self._facts()
+
+    def _facts(self) -> tuple[int, ...]:
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return ()
+        return status.st_ino, status.st_size, status.st_mtime_ns
+
+    def changed(self) -> bool:
+        """Whether what existed is not what it was (a device tells nothing of its own)."""
+        return self.begun or self._before != self._facts()
 
 
 class OpenFailure(Failure):

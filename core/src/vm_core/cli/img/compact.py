@@ -147,11 +147,12 @@ def _copy(tool: Tool, node: Node, target: str, compressed: bool, job: Any) -> in
             given["backing_fmt"] = reference.format or (image.backing.driver if image.backing is not None else "raw")
     if compressed and (image is None or "compress" not in driver.capabilities):
         raise Failure("Compression not supported for this file format")
-    with tool.target(target):
+    with tool.target(target) as fresh:
         try:
             create_image(target, node.driver, node.size, given, check_backing=False, gate=tool.gate())
         except (VmError, OSError) as error:
             raise Failure(f"{target}: {reason(error)}") from error
+        fresh.begun = True
         with tool.open(target, format=node.driver, write=True, backing=False) as copy:
             below = -1
             if image is not None and image.backing is not None:

@@ -260,8 +260,9 @@ def _convert(tool: Tool, given: _Arguments, sources: list[Node], stack: ExitStac
     fresh = stack.enter_context(tool.target(given.target)) if given.create else None
     if given.create:
         _create(tool, given, size, options)
-    if fresh is not None and tool.peer:
-        fresh()  # the peer leaves what it could not finish
+    if fresh is not None:
+        fresh.begun = True
+        fresh.kept = tool.peer  # which leaves what it could not finish
     target = stack.enter_context(
         tool.open(
             given.target,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from ...errors import VmError
@@ -59,6 +60,7 @@ def _create(
     from ...block.create import MissingBackingFormatError, prepare
     from ...options import split
 
+    existed = os.path.lexists(filename)
     try:
         given = {name: value for text in texts for name, value in split(text).items()}
         if size is not None and "size" in given:
@@ -83,4 +85,6 @@ def _create(
         tool.hint("name the backing file's format: -F FORMAT")
         raise Exit(1) from None
     except (VmError, OSError) as error:
+        if existed and not os.path.lexists(filename):
+            tool.afterwards(f"what '{filename}' was before is gone")
         raise OpenFailure(f"{filename}: {reason(error)}", error) from error

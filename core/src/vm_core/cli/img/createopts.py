@@ -34,8 +34,17 @@ def find_format(tool: Tool, name: str, wanted: str = "image creation") -> Any:
             if name in READ_ONLY_FORMATS:
                 raise Failure(f"Format driver '{name}' does not support {wanted}") from None
             tool.error(f"Unknown file format '{name}'")
-            tool.hint(str(error))
+            tool.hint(creatable(error))
             raise Exit(1) from None
+
+
+def creatable(error: PluginError) -> str:
+    """What the *error* of a format that is not there says, with those that can be made in place of all there are."""
+    from ...plugins import drivers
+
+    told, separator, _ = str(error).partition("; there is: ")
+    names = sorted(one.name for one in drivers("format") if "create" in one.capabilities)
+    return f"{told}{separator}{', '.join(names)}" if separator else told
 
 
 def check_list(text: str) -> str:

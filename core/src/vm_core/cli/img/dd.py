@@ -70,8 +70,8 @@ def run(args: list[str], tool: Tool) -> int:
             create_image(words["of"], target_format, length, {})
         except (VmError, OSError) as error:
             raise Failure(f"{words['of']}: error while creating output image: {reason(error)}") from error
-        if tool.peer:
-            fresh()  # the peer leaves what it could not finish
+        fresh.begun = True
+        fresh.kept = tool.peer  # which leaves what it could not finish
         target = stack.enter_context(tool.open(words["of"], format=target_format, write=True))
         if beyond:
             tool.error(f"{words['if']}: cannot skip to specified offset")

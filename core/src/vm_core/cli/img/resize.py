@@ -87,10 +87,12 @@ def _resize(tool: Tool, node: Node, sign: str, amount: int, preallocation: str, 
         from .common import Exit
 
         raise Exit(1)
-    from ...block.resize import NOT_RESIZABLE, grow_allocated, resizable
+    from ...block.resize import NOT_RESIZABLE, grow_allocated, on_device, resizable
 
     if not resizable(node):
         raise Failure(NOT_RESIZABLE)
+    if preallocation == "off" and total != current and on_device(node):
+        raise Failure("Cannot resize device files")
     try:
         if preallocation != "off":
             grow_allocated(node, total, preallocation)

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .session import Session
 
+#: What the program is under its own name, and what is said under the peer's alone.
+OWN = "Reads, writes and examines images of virtual disks; takes what qemu-io takes."
+ELSEWHERE = "                       see qemu-img(1) man page for full description\n"
 USAGE = """\
 Usage: {program} [OPTIONS]... [-c STRING]... [file]
 QEMU Disk exerciser
@@ -213,7 +216,10 @@ LONG: dict[str, str] = {
 
 def usage(session: Session) -> None:
     """The program's own help, on standard output."""
-    session.out.write(USAGE.format(program=session.program))
+    text = USAGE.format(program=session.program)
+    if not session.tool.peer:
+        text = text.replace("QEMU Disk exerciser", OWN).replace(ELSEWHERE, "")
+    session.out.write(text)
     if session.tool.peer:
         session.out.write(PEER_END)
 
