@@ -69,6 +69,26 @@ def write(offset: int, data: bytes, **how: Any) -> Request:
     return Request(Op.WRITE, offset, len(data), (memoryview(data),), **how)
 
 
+def test_a_medium_is_whole_sectors(tmp_path: Path) -> None:
+    """Where a file ends in a sector all of that is there: zeroes behind the end, until the guest writes them."""
+    path = tmp_path / "disk"
+    path.write_bytes(b"a" * 700)
+    waiter = Waiter()
+    backend = BlockBackend(open_node(str(path), format="raw", readonly=False))
+    backend.set_completion_sink(waiter)
+    assert backend.size == 1024
+    read = Request(Op.READ, 512, 512, (memoryview(bytearray(b"x" * 512)),))
+    backend.submit([read])
+    assert waiter.wait(1)[0].status == 0
+    assert bytes(read.buffers[0]) == b"a" * 188 + bytes(324)
+    backend.submit([Request(Op.READ, 512, 513, (memoryview(bytearray(513)),)), write(1000, b"b" * 25)])
+    assert [one.status for one in waiter.wait(3)[1:]] == [errno.EIO, errno.EIO]
+    backend.submit([write(512, b"b" * 512)])
+    assert waiter.wait(4)[3].status == 0
+    backend.close()
+    assert path.read_bytes() == b"a" * 512 + b"b" * 512
+
+
 def test_batches_complete_once_each(tmp_path: Path) -> None:
     """Hundreds of requests in batches from two threads each complete exactly once, with the right bytes."""
     path = tmp_path / "disk"

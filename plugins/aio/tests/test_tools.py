@@ -47,6 +47,21 @@ def test_vm_io(tmp_path: Path, how: list[str], format: str) -> None:
     assert_same(tmp_path, [f"create -q -f {format} a.img 4M"], [*how, "-f", format, *WORK, "a.img"])
 
 
+@needs_peer
+@pytest.mark.parametrize(
+    "how", [["-i", "io_uring", "-n"], ["-i", "native", "-n"], ["-i", "threads", "-n"]], ids=" ".join
+)
+@pytest.mark.parametrize(
+    "command",
+    ["read -v 512 512", "read 0 1k", "read 512 513", "read 1k 1", "length", "write -P 7 512 512", "write -z 0 1k"],
+)
+def test_a_file_that_ends_in_a_sector(tmp_path: Path, how: list[str], command: str) -> None:
+    """Its last sector is there as a whole: it reads as zeroes behind the end, and writing it makes the file longer."""
+    skip_unless_supported("io_uring")
+    data = bytes(range(70)) * 10
+    assert_same(tmp_path, [], [*how, "-f", "raw", "-c", command, "a.img"], files={"a.img": data})
+
+
 def dotted(**options: str) -> list[str]:
     return ["--image-opts", ",".join(f"{name.replace('_', '-')}={value}" for name, value in options.items())]
 

@@ -26,6 +26,7 @@ from .node import Node
 from .passage import Hold, Passage, Span, release
 from .request import Op, Request
 
+SECTOR = 512
 READ_POLICIES = ("report", "ignore", "stop")
 WRITE_POLICIES = ("report", "ignore", "stop", "enospc")
 
@@ -359,14 +360,20 @@ class BlockBackend:
         if self._readonly or node.readonly:
             raise BlockError.of(errno.EACCES)
         stable = (request.fua or not self._write_cache) and not self.cache.no_flush
-        if op is not Op.DISCARD and request.offset + request.length > _reach(node):
-            raise BlockError.of(errno.EIO)
+        length, end = request.length, request.offset + request.length
+        if end > node.size:
+            if op is Op.DISCARD:
+                length = max(0, node.size - request.offset)
+            elif end > _reach(node):
+                raise BlockError.of(errno.EIO)
+            else:
+                node.truncate(end)
         if op is Op.WRITE:
             node.write(request.offset, request.buffers, fua=stable)
         elif op is Op.ZERO:
             node.zero(request.offset, request.length, unmap=request.unmap, fua=stable)
         else:
-            node.discard(request.offset, request.length)
+            node.discard(request.offset, length)
             if stable:
                 node.flush()
 
@@ -500,6 +507,11 @@ class BlockBackend:
         node, self._node = self._node, None
         if node is not None and not keep_medium:
             node.close()
+
+
+def _reach(node: Node) -> int:
+    """How far requests may reach: to the end of the sector in which the medium ends."""
+    return -(-node.size // SECTOR) * SECTOR
 
 
 def make_engine(name: str, host: BlockBackend, options: dict[str, Any]) -> Engine:

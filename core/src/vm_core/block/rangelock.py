@@ -93,10 +93,10 @@ class RangeLock:
     def _wait(self, ticket: int, start: int, end: int, exclusive: bool) -> None:
         if self.owned or not self._blocked(ticket, start, end, exclusive):
             return
-        from . import attended
-
         self._waiting += 1
         try:
+            from . import attended
+
             while self._blocked(ticket, start, end, exclusive):
                 if attended.current.settlers and (self._settle() or not self._blocked(ticket, start, end, exclusive)):
                     continue
