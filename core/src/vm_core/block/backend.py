@@ -362,10 +362,10 @@ class BlockBackend:
         stable = (request.fua or not self._write_cache) and not self.cache.no_flush
         length, end = request.length, request.offset + request.length
         if end > node.size:
-            if op is Op.DISCARD:
-                length = max(0, node.size - request.offset)
-            elif end > _reach(node):
+            if end > _reach(node):
                 raise BlockError.of(errno.EIO)
+            if op is Op.DISCARD:
+                length = node.size - request.offset
             else:
                 node.truncate(end)
         if op is Op.WRITE:
@@ -373,7 +373,8 @@ class BlockBackend:
         elif op is Op.ZERO:
             node.zero(request.offset, request.length, unmap=request.unmap, fua=stable)
         else:
-            node.discard(request.offset, length)
+            if length > 0:
+                node.discard(request.offset, length)
             if stable:
                 node.flush()
 
