@@ -409,3 +409,56 @@ def test_host_device(loop: str, cache: str) -> None:
         open_node({"driver": "file", "filename": loop})
     with pytest.raises(ImageError, match="Cannot grow device"):
         create_image(loop, "raw", 2 << 20)
+
+
+def test_space_is_set_aside_for_large_writes_of_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a job expects to write much, large writes come after fallocate, small ones do not; the size stays."""
+    calls: list[tuple[int, int, int]] = []
+
+    def fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
+        calls.append((mode, offset, length))
+        return True
+
+    monkeypatch.setattr(file_module, "fallocate", fallocate)
+    monkeypatch.setattr(file_module, "worth_reserving", lambda fd: True)
+    (tmp_path / "disk").touch()
+    fd = os.open(tmp_path / "disk", os.O_RDWR)
+    node = FileProtocol(fd, str(tmp_path / "disk"), readonly=False)
+    large = os.urandom(file_module.RESERVE_LEAST)
+    node.pwrite(0, large)
+    assert not calls
+    node.expect_much()
+    node.pwrite(1 << 20, large)
+    node.pwrite(2 << 20, large[:-1])
+    assert calls == [(file_module.KEEP_SIZE, 1 << 20, len(large))]
+    assert node.size == (2 << 20) + len(large) - 1
+    assert node.pread(1 << 20, len(large)) == large
+    node.close()
+
+
+@pytest.mark.parametrize("failure", [errno.ENOSPC, 0])
+def test_a_write_goes_on_where_space_cannot_be_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: int
+) -> None:
+    """What the write itself meets is what is told; nothing is set aside any more."""
+    calls = 0
+
+    def fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
+        nonlocal calls
+        calls += 1
+        if failure:
+            raise OSError(failure, os.strerror(failure))
+        return False
+
+    monkeypatch.setattr(file_module, "fallocate", fallocate)
+    monkeypatch.setattr(file_module, "worth_reserving", lambda fd: True)
+    (tmp_path / "disk").touch()
+    fd = os.open(tmp_path / "disk", os.O_RDWR)
+    node = FileProtocol(fd, str(tmp_path / "disk"), readonly=False)
+    node.expect_much()
+    data = os.urandom(file_module.RESERVE_LEAST * 2)
+    node.pwrite(0, data)
+    node.pwrite(len(data), data)
+    assert calls == 1
+    assert node.pread(0, 2 * len(data)) == data * 2
+    node.close()

@@ -307,10 +307,11 @@ class Format(ABC):
         """
         raise UsageError("this format cannot change an image's size")
 
-    def truncate_preallocated(self, size: int, mode: str, *, hide: bool) -> bool:
+    def truncate_preallocated(self, size: int, mode: str, *, hide: bool, read: Callable[[int, int], bytes]) -> bool:
         """Grow, and set host space aside for what is gained: *mode* ``metadata``, ``falloc`` or ``full``.
 
-        *hide*: a backing image would show through. Returns whether whole clusters that were gained read as zeroes then.
+        *hide*: a backing image would show through. *read* is what the guest reads (offset, length), for the cluster in
+        which the image ended. Returns whether whole clusters that were gained read as zeroes then.
         """
         raise UsageError(f"Unsupported preallocation mode '{mode}'")
 

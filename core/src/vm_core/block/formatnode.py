@@ -102,6 +102,12 @@ def _as_block_errors(function: Callable[P, T]) -> Callable[P, T]:
     return wrapper
 
 
+@_as_block_errors
+def _following(found: Iterator[bytes]) -> bytes | None:
+    """The next of what a driver generates, if there is one."""
+    return next(found, None)
+
+
 class WriteTicket(NamedTuple):
     """A write that was begun and not finished: its range, its host space and its lock."""
 
@@ -1001,8 +1007,11 @@ class FormatNode(ImageNode):
         unit, below = self.cluster_size, self._backing.size if self._backing is not None else 0
         gained = size if below > former else min(size, -(-former // unit) * unit)
         if former < gained:
-            with self._exclusive(*self._clusters(former, gained - former)):
-                blank = self._reads_zero(former, gained)
+            if gained - former < unit and below <= former:
+                blank = not any(self.pread(former, gained - former))
+            else:
+                with self._exclusive(*self._clusters(former, gained - former)):
+                    blank = self._reads_zero(former, gained)
             if not blank:
                 self._zero_range(former, gained - former, False)
 
@@ -1013,9 +1022,9 @@ class FormatNode(ImageNode):
         unit, below = self.cluster_size, self._backing.size if self._backing is not None else 0
         with self.quiesce():
             former = self.format.size
-            hidden = self.format.truncate_preallocated(size, mode, hide=below > former)
+            hidden = self.format.truncate_preallocated(size, mode, hide=below > former, read=self.pread)
         gained = size if below > former and not hidden else min(size, -(-former // unit) * unit)
-        if former < gained:
+        if former < gained and (below > former or any(self.pread(former, gained - former))):
             self._zero_range(former, gained - former, False)
 
     @_as_block_errors
@@ -1074,9 +1083,10 @@ class FormatNode(ImageNode):
         if any(run.offset % unit or run.length != unit for run in runs):
             yield from map(self.transform, runs)
             return
-        for data in self.format.read_specials(runs):
+        found = iter(self.format.read_specials(runs))
+        while (data := _following(found)) is not None:
             if len(data) != unit:
-                raise ImageError(self.filename, f"{self.driver}: {len(data)} bytes for a run of {unit}")
+                raise BlockError.of(errno.EIO, f"{self.driver}: {len(data)} bytes for a run of {unit}")
             yield data
 
     def reopen(self, *, readonly: bool) -> None:

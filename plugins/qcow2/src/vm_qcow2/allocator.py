@@ -47,6 +47,8 @@ class Allocator:
         self.pending: list[tuple[int, int, bool]] = []
         #: Among those are some that nothing else points at.
         self.reusable = False
+        #: Clusters among those that lie below the hint and stay there.
+        self.passed: set[int] = set()
         #: How often each cluster with compressed data is among them: several extents lie in one.
         self._given: dict[int, int] = {}
         #: Where the last compressed cluster ended; 0: at the end of a cluster, or there was none.
@@ -158,8 +160,9 @@ class Allocator:
         geometry = self.store.geometry
         bits, size = geometry.cluster_bits, geometry.cluster_size
         tail = self._bytes_at
-        if tail and not 0 < self.refcounts.get(tail >> bits) < geometry.refcount_max:
-            # It cannot be counted once more, or was given back meanwhile.
+        if tail and self.refcounts.get(tail >> bits) == geometry.refcount_max:
+            # It cannot be counted once more. It may have been given back, and goes on all the same as long as nobody
+            # else takes it.
             tail = 0
         room = -tail & size - 1 if tail else 0
         if not tail or room < length:
@@ -178,7 +181,11 @@ class Allocator:
         return tail
 
     def _count_again(self, cluster: int) -> None:
-        self.refcounts.set_run(cluster, 1, self.refcounts.get(cluster) + 1)
+        count = self.refcounts.get(cluster)
+        if count:
+            self.refcounts.set_run(cluster, 1, count + 1)
+        else:
+            self._count(cluster, 1)
 
     def _drop_extent(self, offset: int, length: int) -> None:
         bits = self.store.geometry.cluster_bits
@@ -428,6 +435,7 @@ class Allocator:
         Returns the (first, count) of clusters that are free and that the guest wanted to be.
         """
         released: list[tuple[int, int]] = []
+        passed: set[int] = set()
         if self.pending:
             self.store.file.event("cluster_free")
         self.reusable = False
@@ -437,13 +445,17 @@ class Allocator:
             freed = self.refcounts.decrement(first, count)
             self.pending.pop()
             for cluster in freed:
-                self._hint = min(self._hint, cluster)
+                if cluster not in self.passed:
+                    self._hint = min(self._hint, cluster)
                 self.metadata.remove(cluster, 1)
                 if requested:
                     if released and sum(released[-1]) == cluster:
                         released[-1] = (released[-1][0], released[-1][1] + 1)
                     else:
                         released.append((cluster, 1))
+            if self.passed:
+                passed.update(self.passed.intersection(range(first, first + count)))
+        self.passed -= passed
         return released
 
     def free_now(self, first: int, count: int) -> list[int]:

@@ -17,6 +17,7 @@ from .extensions import Extension
 from .geometry import MAX_CLUSTER_BITS, MAX_L1_BYTES, MIN_CLUSTER_BITS
 from .header import MAX_BACKING_NAME, NEW_V3_LENGTH, V2_LENGTH, Header
 from .image import Qcow2
+from .preallocation import preallocate
 from .refcounts import encode
 from .resize import resize
 
@@ -70,6 +71,8 @@ def create(file: Node, size: int, options: dict[str, Any]) -> None:
             preallocation = "metadata"
         if size:
             resize(image, size, preallocation=preallocation)
+        elif data is None:
+            preallocate(image, 0, 0, preallocation)
         if encryption is not None:
             from .encryption import set_up
 

@@ -686,10 +686,10 @@ class Qcow2(Format):
 
         resize(self, size)
 
-    def truncate_preallocated(self, size: int, mode: str, *, hide: bool) -> bool:
+    def truncate_preallocated(self, size: int, mode: str, *, hide: bool, read: Callable[[int, int], bytes]) -> bool:
         from .resize import resize
 
-        resize(self, size, preallocation=mode, hide=hide)
+        resize(self, size, preallocation=mode, hide=hide, read=read)
         return mode != "metadata"
 
     def reopen(self, *, readonly: bool) -> None:

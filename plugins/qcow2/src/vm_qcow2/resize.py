@@ -18,16 +18,18 @@ from vm_core.errors import BlockError, UsageError
 from .emptying import trim
 from .geometry import MAX_L1_BYTES
 from .overlap import ACTIVE_L1
-from .preallocation import preallocate
+from .preallocation import Read, preallocate
 
 if TYPE_CHECKING:
     from .image import Qcow2
 
 
-def resize(image: Qcow2, size: int, *, preallocation: str = "off", hide: bool = False) -> None:
+def resize(
+    image: Qcow2, size: int, *, preallocation: str = "off", hide: bool = False, read: Read | None = None
+) -> None:
     """Make *image* *size* bytes long; *preallocation* of what it gains. Raises UsageError where the format cannot.
 
-    *hide*: a backing image would show through what is gained.
+    *hide*: a backing image would show through what is gained. *read*: what the guest reads, needed to preallocate.
     """
     header = image.header
     image.store.check_writable()
@@ -37,7 +39,7 @@ def resize(image: Qcow2, size: int, *, preallocation: str = "off", hide: bool = 
         if size < header.size:
             _shrink(image, size)
         else:
-            _grow(image, size, preallocation, hide)
+            _grow(image, size, preallocation, hide, read)
 
 
 def check_size(image: Qcow2, size: int, preallocation: str = "off") -> bool:
@@ -53,7 +55,7 @@ def check_size(image: Qcow2, size: int, preallocation: str = "off") -> bool:
     return True
 
 
-def _grow(image: Qcow2, size: int, preallocation: str, hide: bool) -> None:
+def _grow(image: Qcow2, size: int, preallocation: str, hide: bool, read: Read | None) -> None:
     store = image.store
     header = store.header
     former = header.size
@@ -61,13 +63,13 @@ def _grow(image: Qcow2, size: int, preallocation: str, hide: bool) -> None:
         # Whatever the data file holds there is what the guest reads.
         preallocation = "metadata"
     prepare_growth(image, size)
-    if store.geometry.external:
+    if store.geometry.external and (preallocation == "off" or image.data.size < size):
         image.data.truncate(size)
     if preallocation != "off":
         # The size follows: what is interrupted half way is dropped when the image grows the next time.
         header.size = size
         try:
-            preallocate(image, former, size, preallocation, used=hide)
+            preallocate(image, former, size, preallocation, used=hide, read=read)
             image.order.write_back()
         except BaseException:
             header.size = former

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 from array import array
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -31,6 +32,48 @@ from .tables import L2Table
 
 if TYPE_CHECKING:
     from .image import Qcow2
+
+#: L2 tables and parts of a write after which QEMU has entered a part of it.
+PASSED_TABLES = 2
+PASSED_PARTS = 10
+
+
+class _Given:
+    """The compressed clusters that a write gives up, in order.
+
+    QEMU enters the parts of a long write into L2 tables side by side, each once its data is written: while it waits for
+    later parts' L2 tables, or when there are too many. What earlier parts gave back may be free by then, and is passed
+    over where more than one cluster is wanted. Which parts these are depends on how fast they are; here, it is those
+    that are so far back that they are as good as always.
+    """
+
+    def __init__(self) -> None:
+        #: Guest cluster, entry, parts before.
+        self._clusters: deque[tuple[int, int, int]] = deque()
+        self._parts = self._counted = 0
+
+    def add(self, cluster: int, entry: int, found: Sequence[Allocation]) -> None:
+        """*found* is what was allocated before."""
+        self._clusters.append((cluster, entry, self._count(found)))
+
+    def passed(self, cluster: int, found: Sequence[Allocation], l2_bits: int) -> Iterator[int]:
+        """The entries of those that are passed over by an allocation for guest clusters from *cluster* on, once."""
+        waiting = self._clusters
+        if not waiting:
+            return
+        table, parts = cluster >> l2_bits, self._count(found)
+        while waiting and (
+            table - (waiting[0][0] >> l2_bits) >= PASSED_TABLES or parts - waiting[0][2] >= PASSED_PARTS
+        ):
+            yield waiting.popleft()[1]
+
+    def _count(self, found: Sequence[Allocation]) -> int:
+        """The parts of a write: what adjoins on the host is one."""
+        for number in range(self._counted, len(found)):
+            if not number or found[number - 1].host + found[number - 1].length != found[number].host:
+                self._parts += 1
+        self._counted = len(found)
+        return self._parts
 
 
 class Writer:
@@ -67,6 +110,7 @@ class Writer:
         found: list[Allocation] = []
         cluster = offset >> bits
         stop = (end - 1 >> bits) + 1
+        given = _Given()
         try:
             while cluster < stop:
                 self.image.order.relieve()
@@ -83,15 +127,17 @@ class Writer:
                         self._check_bitmaps(table, run, first)
                     if run.copied and run.placed:
                         if missing:
-                            self._take(found, table, first - missing, missing, offset, end)
+                            self._take(found, table, first - missing, missing, offset, end, given)
                             missing = 0
                         if not self._external:
                             self.metadata.check(run.host >> bits, run.clusters)
                         self._reuse(found, table, run, base, offset, end)
                     else:
                         missing += run.clusters
+                        if run.state is State.COMPRESSED:
+                            given.add(first, run.entry, found)
                 if missing:
-                    self._take(found, table, base + last - missing, missing, offset, end)
+                    self._take(found, table, base + last - missing, missing, offset, end, given)
                 cluster = base + last
         except BaseException:
             self.abort([one for one in found if one.fresh])
@@ -122,9 +168,21 @@ class Writer:
                 data = self.image.storage(start, part.host)
                 found.append(Allocation(start, stop - start, data, part.host, True))
 
-    def _take(self, found: list[Allocation], table: L2Table, first: int, count: int, offset: int, end: int) -> None:
+    def _take(
+        self,
+        found: list[Allocation],
+        table: L2Table,
+        first: int,
+        count: int,
+        offset: int,
+        end: int,
+        given: _Given,
+    ) -> None:
         """Host clusters for *count* guest clusters: after those of the last allocation if they are free, else in a row
-        wherever there are so many. QEMU looks at a part of a large L2 table at a time."""
+        wherever there are so many. QEMU looks at a part of a large L2 table at a time.
+
+        *given*: the compressed clusters that this write gives up.
+        """
         bits = self._cluster_bits
         while count:
             part = min(count, self._slice - (first & self._slice - 1))
@@ -139,6 +197,10 @@ class Writer:
                     taken = self.allocator.allocate_at(cluster, part)
                 if not taken:
                     cluster, taken = self.allocator.allocate(part), part
+                    if part > 1:
+                        for entry in given.passed(first, found, self._l2_bits):
+                            at, length = self.geometry.compressed_extent(entry)
+                            self.allocator.passed.update(range(at >> bits, (at + length - 1 >> bits) + 1))
                 # Of an encrypted image nothing reads as zeroes by itself.
                 host, zeroed = cluster << bits, cluster >= fresh_from and self.image.encryption is None
             found.append(self._cut(table, first, taken, host, zeroed, offset, end))
