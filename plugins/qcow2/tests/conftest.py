@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+from vm_core.testing.qemu import Qemu
 
-from qcow2_peer import Qemu
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")
 def qemu() -> Qemu:
     """The peer; skipped (in CI: failed) where it is not installed."""
-    return Qemu()
+    return Qemu("qcow2")

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qcow2_peer import LONG, Qemu
 
 from vm_core.block.formatnode import FormatNode
 from vm_core.block.open import open_node
 from vm_core.errors import ImageError, VmError
 from vm_core.testing.nodes import MemoryNode, RecordingNode
+from vm_core.testing.qemu import LONG, Qemu
 from vm_core.testing.replay import power_cuts
 from vm_qcow2.bitmaps import set_runs
 from vm_qcow2.image import Qcow2

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from qcow2_peer import Qemu
 
 from vm_core.block.open import open_node
+from vm_core.testing.qemu import Qemu
 
 MIB = 1 << 20
 

@@ -9,9 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from qcow2_peer import LONG
-
 from vm_core.testing.conformance import FormatConformance, Sample
+from vm_core.testing.qemu import LONG
 
 
 class TestQcow2(FormatConformance):

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qcow2_peer import LONG, Qemu
 
 from vm_core.block.node import Node
 from vm_core.block.open import open_node
 from vm_core.testing.nodes import MemoryNode, RecordingNode
+from vm_core.testing.qemu import LONG, Qemu
 from vm_core.testing.replay import power_cuts
 from vm_qcow2.image import Qcow2
 
@@ -64,12 +64,15 @@ class Session:
             self.node.discard(offset, length)
             self.model[offset : offset + length] = self.node.pread(offset, length)
 
-    def resize(self, size: int) -> None:
-        """Change the size; until it is flushed either may be found."""
+    def resize(self, size: int, mode: str = "off") -> None:
+        """Change the size, setting space aside as *mode* says; until it is flushed either may be found."""
         old = len(self.model)
         if size < old:
             self.touched.append((self.recorder.now(), size, old - size))
-        self.node.truncate(size)
+        if mode == "off":
+            self.node.truncate(size)
+        else:
+            self.node.truncate_preallocated(size, mode)
         del self.model[size:]
         self.model.extend(bytes(size - len(self.model)))
 
@@ -176,6 +179,36 @@ def test_resizing(tmp_path: Path, qemu: Qemu) -> None:
         session.step(12 * KIB)
     session.close()
     session.verify(tmp_path / "cut.qcow2", qemu)
+
+
+@pytest.mark.parametrize("mode", ["metadata", "falloc", "full"])
+@pytest.mark.parametrize("options", [{"cluster_size": 4096}, {"cluster_size": 16384, "extended_l2": True}], ids=str)
+def test_growing_with_space_set_aside(tmp_path: Path, qemu: Qemu, options: dict[str, Any], mode: str) -> None:
+    """What the image ended with goes along to another cluster, whether it was there, compressed or zeroes."""
+    size, unit = 37 * KIB, options["cluster_size"]
+    session = Session(made(options, size), bytes(size), 17)
+    for number in range(5):
+        last = len(session.model) // unit * unit
+        length = len(session.model) - last
+        session.touched.append((session.recorder.now(), last, length))
+        if number % 2:
+            session.node.discard(last, length)
+            session.node.write_compressed(last, [memoryview(bytes([number]) * length)])
+        else:
+            session.node.pwrite(last, bytes([number + 1]) * length)
+        session.model[last:] = bytes([number + 1 - number % 2]) * length
+        if number == 4:
+            session.node.zero(last, length)
+            session.model[last:] = bytes(length)
+        session.flush()
+        session.resize(len(session.model) + session.chance.randrange(1, 40) * 1536, mode)
+        session.flush()
+        session.step(12 * KIB)
+        session.step(12 * KIB)
+    session.close()
+    session.verify(tmp_path / "cut.qcow2", qemu)
+    (tmp_path / "disk.qcow2").write_bytes(session.storage.data())
+    assert qemu.read(tmp_path / "disk.qcow2") == session.model
 
 
 def test_images_with_snapshots_and_compressed_clusters(tmp_path: Path, qemu: Qemu) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qcow2_peer import Qemu
 
 from vm_core.block.open import create_image, open_node
 from vm_core.errors import UsageError
+from vm_core.testing.qemu import Qemu
 
 BACKING = {"backing_file": "base.qcow2", "backing_fmt": "qcow2"}
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qcow2_peer import LONG, Qemu
 
 from vm_core.block.formatnode import FormatNode
 from vm_core.block.open import create_image, open_node
 from vm_core.crypto import secrets
 from vm_core.errors import ImageError, UsageError, VmError
+from vm_core.testing.qemu import LONG, Qemu
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 2 * MIB

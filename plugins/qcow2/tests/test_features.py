@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from qcow2_peer import Qemu
 
 from vm_core.block.open import create_image, open_node
 from vm_core.errors import BlockError, ImageError, PluginError
+from vm_core.testing.qemu import Qemu
 
 KIB, MIB = 1 << 10, 1 << 20
 

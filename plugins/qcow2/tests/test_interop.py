@@ -12,11 +12,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from qcow2_peer import LONG, Qemu
 
 from vm_core.block.mapping import Kind
 from vm_core.block.node import Node
 from vm_core.block.open import create_image, open_node
+from vm_core.testing.qemu import LONG, Qemu
 
 CLUSTERS = [512, 1024, 4096, 65536, 1 << 20, 2 << 20]
 WIDTHS = [1, 2, 4, 8, 16, 32, 64]

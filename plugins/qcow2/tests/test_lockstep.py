@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qcow2_peer import LONG, Qemu
+from qcow2_layout import Layout
 
 from vm_core.block.formatnode import FormatNode
 from vm_core.block.open import open_node
 from vm_core.errors import BlockError
+from vm_core.testing.qemu import LONG, Qemu
 
 #: (create options, backing file, unit in which requests begin and end)
 IMAGES: dict[str, tuple[dict[str, Any], bool, int]] = {
@@ -36,62 +37,83 @@ IMAGES: dict[str, tuple[dict[str, Any], bool, int]] = {
     "data file, subclusters": ({"extended_l2": "on", "data_file": "data.raw"}, False, 512),
 }
 SIZE = 1 << 20
+#: The last cluster is there in part.
+ODD_SIZE = SIZE + 5 * 512
 STEPS = 120 if LONG else 14
 
+#: (kind, offset, length, byte)
+Step = tuple[str, int, int, int]
 
-def operations(seed: int, unit: int, cluster: int, *, compressed: bool) -> list[tuple[str, int, int, int]]:
-    """(kind, offset, length, byte)."""
+
+def operations(seed: int, unit: int, cluster: int, *, compressed: bool, size: int = 0) -> list[Step]:
+    """STEPS operations on an image of *size* bytes, SIZE if it is 0."""
+    size = size or SIZE
     source = random.Random(seed)
     found = []
     kinds = ["write", "write", "write", "zero", "zero unmap", "discard"] + ["compressed"] * compressed
     for _ in range(STEPS):
         kind = source.choice(kinds)
-        offset = source.randrange(SIZE // unit) * unit
-        length = source.choice((unit, 3 * unit, cluster, 2 * cluster + unit, source.randrange(1, SIZE // unit) * unit))
+        offset = source.randrange(size // unit) * unit
+        length = source.choice((unit, 3 * unit, cluster, 2 * cluster + unit, source.randrange(1, size // unit) * unit))
         if kind in ("discard", "compressed") or source.random() < 0.3:
             offset -= offset % cluster
             length = max(length - length % cluster, cluster)
         if kind == "compressed":
             length = cluster
-        found.append((kind, offset, min(length, SIZE - offset), source.randrange(1, 256)))
+        found.append((kind, offset, min(length, size - offset), source.randrange(1, 256)))
     return found
 
 
 def peer(qemu: Qemu, path: Path, kind: str, offset: int, length: int, byte: int, *, engine: str = "threads") -> bool:
     """Do it; whether it worked."""
-    command = {
-        "write": f"write -P {byte} {offset} {length}",
-        "zero": f"write -z {offset} {length}",
-        "zero unmap": f"write -z -u {offset} {length}",
-        "discard": f"discard {offset} {length}",
-        "compressed": f"write -c -P {byte} {offset} {length}",
-    }[kind]
+    return not session(qemu, path, [(kind, offset, length, byte)], engine=engine)
+
+
+def session(qemu: Qemu, path: Path, steps: list[Step], *, engine: str = "threads") -> int:
+    """Do *steps* in one process; returns how many failed."""
+    words = {
+        "write": "write -P {1} {2} {3}",
+        "zero": "write -z {2} {3}",
+        "zero unmap": "write -z -u {2} {3}",
+        "discard": "discard {2} {3}",
+        "compressed": "write -c -P {1} {2} {3}",
+    }
+    commands = []
+    for kind, offset, length, byte in steps:
+        commands += ["-c", words[kind].format(None, byte, offset, length)]
     done = subprocess.run(
-        [str(qemu.io_path), "-d", "unmap", f"--aio={engine}", "-f", "qcow2", "-c", command, path.name],
+        [str(qemu.io_path), "-d", "unmap", f"--aio={engine}", "-f", "qcow2", *commands, path.name],
         capture_output=True,
         text=True,
         timeout=60,
         cwd=path.parent,
     )
     assert done.returncode in (0, 1), done.stderr
-    return not done.returncode and "failed" not in done.stdout + done.stderr
+    said = (done.stdout + done.stderr).count("failed")
+    return said or done.returncode
 
 
 def ours(path: Path, kind: str, offset: int, length: int, byte: int) -> bool:
+    return not our_session(path, [(kind, offset, length, byte)])
+
+
+def our_session(path: Path, steps: list[Step]) -> int:
+    failed = 0
     with open_node(str(path), readonly=False, format="qcow2") as node:
         assert isinstance(node, FormatNode)
-        try:
-            if kind == "write":
-                node.pwrite(offset, bytes([byte]) * length)
-            elif kind == "discard":
-                node.discard(offset, length)
-            elif kind == "compressed":
-                node.write_compressed(offset, [memoryview(bytes([byte]) * length)])
-            else:
-                node.zero(offset, length, unmap=kind == "zero unmap")
-        except BlockError:
-            return False
-    return True
+        for kind, offset, length, byte in steps:
+            try:
+                if kind == "write":
+                    node.pwrite(offset, bytes([byte]) * length)
+                elif kind == "discard":
+                    node.discard(offset, length)
+                elif kind == "compressed":
+                    node.write_compressed(offset, [memoryview(bytes([byte]) * length)])
+                else:
+                    node.zero(offset, length, unmap=kind == "zero unmap")
+            except BlockError:
+                failed += 1
+    return failed
 
 
 @pytest.fixture
@@ -121,8 +143,8 @@ def difference(theirs: Path, mine: Path, cluster: int) -> str:
     return ""
 
 
-def varies(qemu: Qemu, before: Path, again: Path, step: tuple[str, int, int, int]) -> bool:
-    """Whether the peer does *step* in one way now and in another one then.
+def varies(qemu: Qemu, before: Path, again: Path, *steps: Step, failed: int = 0) -> bool:
+    """Whether the peer does *steps*, of which *failed* fail, in one way now and in another one then.
 
     It links the parts of a long write side by side; compressed clusters that give way are free for the parts that come
     later, or are not yet. Which it is hangs on how fast the parts are, so on what does them, too.
@@ -131,7 +153,7 @@ def varies(qemu: Qemu, before: Path, again: Path, step: tuple[str, int, int, int
     for engine in ("threads", "io_uring"):
         for _ in range(20):
             shutil.copytree(before, again, dirs_exist_ok=True)
-            if not peer(qemu, again / "disk.qcow2", *step, engine=engine):
+            if session(qemu, again / "disk.qcow2", list(steps), engine=engine) != failed:
                 # There is none of that kind here.
                 break
             found.add((again / "disk.qcow2").read_bytes().rstrip(b"\0"))
@@ -139,9 +161,12 @@ def varies(qemu: Qemu, before: Path, again: Path, step: tuple[str, int, int, int
 
 
 @pytest.mark.usefixtures("plain_zlib")
-@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [*((name, SIZE) for name in IMAGES), *((name, ODD_SIZE) for name in ("4k", "subclusters", "large subclusters"))],
+)
 def test_the_same_bytes_after_every_operation(
-    tmp_path: Path, qemu: Qemu, monkeypatch: pytest.MonkeyPatch, name: str
+    tmp_path: Path, qemu: Qemu, monkeypatch: pytest.MonkeyPatch, name: str, size: int
 ) -> None:
     """Clusters and subclusters are taken, kept, given back and marked exactly as by qemu-io."""
     options, backed, unit = IMAGES[name]
@@ -153,10 +178,10 @@ def test_the_same_bytes_after_every_operation(
         words = ["-b", "base.raw", "-F", "raw"]
     # The peer looks for data files where it runs.
     monkeypatch.chdir(theirs)
-    qemu.create(Path("disk.qcow2"), SIZE, options, *words)
+    qemu.create(Path("disk.qcow2"), size, options, *words)
     shutil.copytree(theirs, mine)
     cluster = int(options.get("cluster_size", 65536))
-    plan = operations(sum(map(ord, name)), unit, cluster, compressed="data_file" not in options)
+    plan = operations(sum(map(ord, name)), unit, cluster, compressed="data_file" not in options, size=size)
     before = tmp_path / "before"
     for number, step in enumerate(plan):
         shutil.copytree(theirs, before, dirs_exist_ok=True)
@@ -184,5 +209,87 @@ def test_what_a_request_gave_back_is_taken_by_its_next_tables(
     shutil.copytree(theirs, mine)
     assert peer(qemu, theirs / "disk.qcow2", kind, 0, SIZE // 2, 0)
     assert ours(mine / "disk.qcow2", kind, 0, SIZE // 2, 0)
+    assert not difference(theirs, mine, 512)
+    qemu.sound(mine / "disk.qcow2")
+
+
+@pytest.mark.usefixtures("plain_zlib")
+@pytest.mark.parametrize("seed", range(12 if LONG else 1))
+@pytest.mark.parametrize("name", ["4k", "small clusters", "one-bit refcounts", "version 2", "subclusters"])
+def test_the_same_clusters_after_sessions(
+    tmp_path: Path, qemu: Qemu, monkeypatch: pytest.MonkeyPatch, name: str, seed: int
+) -> None:
+    """Where the next cluster is looked for, and where the next compressed data, is the same from request to request."""
+    options, _, unit = IMAGES[name]
+    theirs, mine, before = tmp_path / "theirs", tmp_path / "mine", tmp_path / "before"
+    theirs.mkdir()
+    monkeypatch.chdir(theirs)
+    qemu.create(Path("disk.qcow2"), SIZE, options)
+    shutil.copytree(theirs, mine)
+    plan = operations(1000 + seed, unit, int(options.get("cluster_size", 65536)), compressed=True)
+    while plan:
+        steps, plan = plan[:7], plan[7:]
+        shutil.copytree(theirs, before, dirs_exist_ok=True)
+        failed = session(qemu, theirs / "disk.qcow2", steps)
+        failed_here = our_session(mine / "disk.qcow2", steps)
+        if failed != failed_here or qemu.check(theirs / "disk.qcow2")["code"]:
+            # It goes on with compressed data in a cluster that was given back even if something else has got it.
+            assert failed_here <= failed
+            break
+        one, two = Layout(theirs / "disk.qcow2"), Layout(mine / "disk.qcow2")
+        # Subclusters that are not in use hold what was there when the cluster was something else.
+        if one.used != two.used or (one != two and "extended_l2" not in options):
+            assert LONG, steps
+            assert varies(qemu, before, tmp_path / "again", *steps, failed=failed), steps
+            break
+    qemu.sound(mine / "disk.qcow2")
+
+
+@pytest.mark.usefixtures("plain_zlib")
+@pytest.mark.parametrize(
+    "steps",
+    [
+        pytest.param(
+            [("write", 0, 4096, 3), ("write", 4096, 4096, 4), ("write", 65536, 4096, 5)],
+            id="a cluster with two compressed ones is free when both are overwritten",
+        ),
+        pytest.param(
+            [("discard", 0, 8192, 0), ("compressed", 40960, 4096, 5), ("write", 65536, 4096, 6)],
+            id="compressed data goes on in a cluster that nobody uses any more",
+        ),
+        pytest.param(
+            [("compressed", 16384, 4096, 7), ("discard", 0, 20480, 0), ("write", 65536, 12288, 5)],
+            id="that cluster is taken by others",
+        ),
+    ],
+)
+def test_compressed_data_gives_way(
+    tmp_path: Path, qemu: Qemu, monkeypatch: pytest.MonkeyPatch, steps: list[Step]
+) -> None:
+    """Within one session, what compressed data gave back is taken again where the peer takes it."""
+    theirs, mine = tmp_path / "theirs", tmp_path / "mine"
+    theirs.mkdir()
+    monkeypatch.chdir(theirs)
+    qemu.create(Path("disk.qcow2"), SIZE, {"cluster_size": 4096})
+    start = [("compressed", 0, 4096, 1), ("compressed", 4096, 4096, 2), ("write", 32768, 8192, 9)]
+    assert not session(qemu, theirs / "disk.qcow2", start)
+    shutil.copytree(theirs, mine)
+    assert not session(qemu, theirs / "disk.qcow2", steps)
+    assert not our_session(mine / "disk.qcow2", steps)
+    assert not difference(theirs, mine, 4096)
+    qemu.sound(mine / "disk.qcow2")
+
+
+def test_a_long_write_leaves_holes_behind(tmp_path: Path, qemu: Qemu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it gave back long before its end was passed over, so that the next cluster is taken behind all of it."""
+    theirs, mine = tmp_path / "theirs", tmp_path / "mine"
+    theirs.mkdir()
+    monkeypatch.chdir(theirs)
+    qemu.create(Path("disk.qcow2"), SIZE, {"cluster_size": 512})
+    assert not session(qemu, theirs / "disk.qcow2", [("compressed", 33280, 512, 1)])
+    shutil.copytree(theirs, mine)
+    steps = [("write", 32768, SIZE // 2, 2), ("write", SIZE - 512, 512, 3)]
+    assert not session(qemu, theirs / "disk.qcow2", steps)
+    assert not our_session(mine / "disk.qcow2", steps)
     assert not difference(theirs, mine, 512)
     qemu.sound(mine / "disk.qcow2")

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from qcow2_peer import Qemu
 
 from vm_core.block import notices
 from vm_core.block.open import open_node
 from vm_core.errors import VmError
+from vm_core.testing.qemu import Qemu
 from vm_qcow2.image import Qcow2
 
 

@@ -6,7 +6,6 @@ import random
 from pathlib import Path
 
 import pytest
-from qcow2_peer import Qemu
 
 from vm_core.block.extents import walk
 from vm_core.block.formatnode import FormatNode
@@ -15,6 +14,7 @@ from vm_core.block.mapping import Kind, Mapping
 from vm_core.block.node import Node
 from vm_core.block.open import open_node
 from vm_core.testing.nodes import FailingNode
+from vm_core.testing.qemu import Qemu
 
 SIZE = 6 << 20
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qcow2_peer import LONG, Qemu
 
 from vm_core.block.formatnode import FormatNode
 from vm_core.block.jobs import compact as jobs
@@ -20,6 +19,7 @@ from vm_core.block.jobs.job import Cancelled, Job
 from vm_core.block.open import create_image, open_node
 from vm_core.errors import BlockError, ImageError
 from vm_core.testing.nodes import FailingNode, MemoryNode, RecordingNode
+from vm_core.testing.qemu import LONG, Qemu
 from vm_core.testing.replay import power_cuts
 from vm_qcow2 import relocation
 from vm_qcow2.emptying import free_runs, last_used

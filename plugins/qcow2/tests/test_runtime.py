@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qcow2_peer import Qemu
 
 from vm_core.block.formatnode import FormatNode
 from vm_core.block.open import open_node
 from vm_core.errors import BlockError, UsageError
+from vm_core.testing.qemu import Qemu
 
 MIB = 1 << 20
 

@@ -7,9 +7,9 @@ import struct
 from pathlib import Path
 
 import pytest
-from qcow2_peer import LONG, Qemu
 
 from vm_core.block.open import open_node
+from vm_core.testing.qemu import LONG, Qemu
 from vm_qcow2 import scattered
 
 CLUSTER = 4096

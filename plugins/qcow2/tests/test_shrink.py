@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qcow2_peer import LONG, Qemu
 
 from vm_core.block.formatnode import FormatNode
 from vm_core.block.mapping import Kind
 from vm_core.block.open import open_node
+from vm_core.testing.qemu import LONG, Qemu
 
 KIB = 1024
 MIB = 1024 * KIB

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from qcow2_peer import LONG, Qemu
 
 from vm_core.block.formatnode import FormatNode
 from vm_core.block.open import open_node
 from vm_core.testing.nodes import MemoryNode, RecordingNode
+from vm_core.testing.qemu import LONG, Qemu
 from vm_core.testing.replay import PowerCut, power_cuts
 from vm_qcow2.image import Qcow2
 

@@ -1000,32 +1000,53 @@ class FormatNode(ImageNode):
             size = self.format.size
         self._blank_gained(former, size)
 
-    def _blank_gained(self, former: int, size: int) -> None:
-        """Let what an image gained read as zeroes."""
+    def _blank_gained(self, former: int, size: int, *, hidden: bool = False) -> None:
+        """Let what an image gained read as zeroes. *hidden*: its whole clusters do."""
         # The rest of the last cluster may hold anything, and a backing image that is longer would show through; then
         # all is blanked at once, as by QEMU.
         unit, below = self.cluster_size, self._backing.size if self._backing is not None else 0
-        gained = size if below > former else min(size, -(-former // unit) * unit)
-        if former < gained:
-            if gained - former < unit and below <= former:
-                blank = not any(self.pread(former, gained - former))
-            else:
-                with self._exclusive(*self._clusters(former, gained - former)):
-                    blank = self._reads_zero(former, gained)
-            if not blank:
-                self._zero_range(former, gained - former, False)
+        last = min(size, -(-former // unit) * unit)
+        if below <= former or hidden:
+            if former < last and not self._is_blank(former, last):
+                self._zero_range(former, last - former, False)
+        elif not self.format.zero_parts:
+            if former < size and not self._is_blank(former, size):
+                self._zero_range(former, size - former, False)
+        elif former < size:
+            fine = self.format.zero_unit or unit
+            edge = min(size, -(-former // fine) * fine)
+            if former < edge:
+                with self._exclusive(*self._clusters(former, edge - former)):
+                    self._write_allocating(former, edge - former, zero_views(edge - former))
+            if edge < last:
+                self._zero_range(edge, last - edge, False)
+            if last < size:
+                self._zero_gained(last, size)
+
+    def _zero_gained(self, start: int, size: int) -> None:
+        """Have whole clusters read as zeroes, the image's last one among them."""
+        unit = self.cluster_size
+        for begin, finish in _portions(start, -(-size // unit) * unit, unit):
+            with self._exclusive(begin, finish), self._mutex:
+                done = self.format.zero(begin, finish - begin, unmap=False)
+            if not done:
+                self._zero_range(begin, min(finish, size) - begin, False)
+
+    def _is_blank(self, start: int, end: int) -> bool:
+        with self._exclusive(*self._clusters(start, end - start)):
+            if self._reads_zero(start, end):
+                return True
+        return end - start <= ZERO_STEP and not any(self.pread(start, end - start))
 
     def truncate_preallocated(self, size: int, mode: str) -> None:
         """Grow, and set host space aside for what is gained. Raises UsageError where the format does not do that."""
         if self.readonly:
             raise self.read_only_error()
-        unit, below = self.cluster_size, self._backing.size if self._backing is not None else 0
         with self.quiesce():
             former = self.format.size
-            hidden = self.format.truncate_preallocated(size, mode, hide=below > former, read=self.pread)
-        gained = size if below > former and not hidden else min(size, -(-former // unit) * unit)
-        if former < gained and (below > former or any(self.pread(former, gained - former))):
-            self._zero_range(former, gained - former, False)
+            hide = self._backing is not None and self._backing.size > former
+            hidden = self.format.truncate_preallocated(size, mode, hide=hide, read=self.pread)
+        self._blank_gained(former, size, hidden=hidden)
 
     @_as_block_errors
     def map(self, offset: int, length: int) -> Iterator[Mapping]:

@@ -249,6 +249,14 @@ class RecordingNode(PassingNode):
         super().discard(offset, length)
         self._record("discard", begin, offset, length)
 
+    def reserve(self, offset: int, length: int, *, full: bool = False) -> None:
+        begin, before = self.now(), self.size
+        super().reserve(offset, length, full=full)
+        if full:
+            self._record("zero", begin, offset, length)
+        elif self.size > before:
+            self._record("truncate", begin, self.size)
+
     def truncate(self, size: int) -> None:
         begin = self.now()
         super().truncate(size)

@@ -78,11 +78,11 @@ class Qemu:
         assert "failed" not in text, text
         return text
 
-    def create(self, path: Path, size: int | str, options: dict[str, Any] | None = None) -> None:
-        """A new image."""
+    def create(self, path: Path, size: int | str, options: dict[str, Any] | None = None, *extra: object) -> None:
+        """A new image; *extra* are further words of the command (``-b``, …)."""
         words = [f"{key}={_word(value)}" for key, value in (options or {}).items()]
-        extra = ["-o", ",".join(words)] if words else []
-        self.img("create", "-q", "-f", self.format, *extra, path, size)
+        given = ["-o", ",".join(words)] if words else []
+        self.img("create", "-q", "-f", self.format, *given, *extra, path, size)
 
     def info(self, path: Path) -> dict[str, Any]:
         """``info --output=json``."""

@@ -388,9 +388,9 @@ class Writer:
         self.store.check_writable()
         mask = self.geometry.cluster_size - 1
         if self.geometry.extended:
-            # Parts of clusters come alone, at either end.
+            # Parts of clusters come alone, at either end. The last cluster is none if it ends between subclusters.
             end = offset + length
-            if offset & mask or end & mask:
+            if offset & mask or (end & mask and (end != self.image.size or end & (1 << self._unit_bits) - 1)):
                 if offset >> self._cluster_bits != end - 1 >> self._cluster_bits:
                     raise ValueError("subclusters of more than one cluster")
                 return self._zero_subclusters(offset, length)
