@@ -13,6 +13,7 @@ from vm_core.block.jobs.convert import CopyError, convert
 from vm_core.block.mapping import Kind, Mapping
 from vm_core.block.node import Node
 from vm_core.block.open import open_node
+from vm_core.errors import BlockError
 from vm_core.testing.nodes import FailingNode
 from vm_core.testing.qemu import Qemu
 
@@ -94,3 +95,25 @@ def test_damage_is_told_where_it_is(tmp_path: Path, qemu: Qemu) -> None:
         with pytest.raises(CopyError) as caught:
             convert([node], target)
     assert caught.value.offset == victim.offset
+
+
+def test_data_within_other_data(tmp_path: Path, qemu: Qemu) -> None:
+    """Where an entry points into the data of the cluster before it, that one is read whole; the other one is damaged."""
+    data = random.Random(3).randbytes(20000).ljust(65536, b"x") * 2
+    (tmp_path / "data").write_bytes(data)
+    path = tmp_path / "disk.qcow2"
+    qemu.img("convert", "-c", "-f", "raw", "-O", "qcow2", str(tmp_path / "data"), str(path))
+    with open_node(str(path)) as node:
+        assert isinstance(node, FormatNode)
+        host, length = node.format.geometry.compressed_extent(runs(node)[0].token)  # type: ignore[attr-defined]
+        assert length > 20000
+        table = node.format.tables.get(0).offset  # type: ignore[attr-defined]
+    with path.open("r+b") as file:
+        file.seek(table + 8)
+        file.write((1 << 62 | host + 256).to_bytes(8, "big"))
+    with open_node(str(path)) as node:
+        assert isinstance(node, FormatNode)
+        found = node.transform_each(runs(node)[:2])
+        assert next(found) == data[:65536]
+        with pytest.raises(BlockError, match="cannot be decompressed"):
+            next(found)

@@ -588,7 +588,7 @@ class Qcow2(Format):
                     yield self.read_special(mappings[number])
                     number += 1
                     continue
-                start, stop = group[0][0], max(group)[1]
+                start, stop = group[0][0], max(end for _, end in group)
                 with memoryview(buffer) as whole, whole[: stop - start] as stored:
                     self.file.read(start, (stored,))
                     for mapping, (offset, end) in zip(islice(mappings, number, None), group, strict=False):
