@@ -98,7 +98,7 @@ def test_damage_is_told_where_it_is(tmp_path: Path, qemu: Qemu) -> None:
 
 
 def test_data_within_other_data(tmp_path: Path, qemu: Qemu) -> None:
-    """Where an entry points into the data of the cluster before it, that one is read whole; the other one is damaged."""
+    """Where an entry points into the data of the cluster before it, that one is read whole; the other is damaged."""
     data = random.Random(3).randbytes(20000).ljust(65536, b"x") * 2
     (tmp_path / "data").write_bytes(data)
     path = tmp_path / "disk.qcow2"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 
 from vm_core.block.node import Node
+from vm_core.block.pages import Pages
 
 #: Bytes of bitmaps that are kept although they are on disk as they are, and of those that wait to be written.
 KEPT = 4 << 20
@@ -36,59 +36,13 @@ def set_bits(bitmap: bytearray, first: int, count: int) -> None:
     bitmap[start:after] = value.to_bytes(after - start, "big")
 
 
-class Bitmaps:
-    """The bitmaps of one image by the position of their block, read when they are first asked for."""
+class Bitmaps(Pages):
+    """The bitmaps of one image by the position of their block."""
 
     def __init__(self, file: Node, length: int) -> None:
         """*length* is that of each, in bytes."""
-        self._file = file
-        self._length = length
-        #: Those that are on disk as they are, the longest unused first.
-        self._clean: OrderedDict[int, bytearray] = OrderedDict()
-        self._dirty: dict[int, bytearray] = {}
-
-    def get(self, start: int) -> bytearray:
-        """The bitmap of the block at *start*."""
-        found = self._dirty.get(start)
-        if found is None:
-            found = self._clean.get(start)
-            if found is None:
-                found = self._clean[start] = bytearray(self._file.pread(start, self._length))
-                self._trim()
-            else:
-                self._clean.move_to_end(start)
-        return found
-
-    def _trim(self) -> None:
-        while len(self._clean) * self._length > KEPT:
-            self._clean.popitem(last=False)
-
-    def cached(self, start: int) -> bool:
-        """Whether :meth:`get` needs no reading."""
-        return start in self._dirty or start in self._clean
-
-    def new(self, start: int) -> None:
-        """The block at *start* is new: no sector is in it."""
-        self._clean.pop(start, None)
-        self._dirty[start] = bytearray(self._length)
+        super().__init__(file, length, KEPT // length)
 
     def mark(self, start: int, first: int, count: int) -> None:
-        """Sectors are now in the block."""
-        found = self._dirty[start] = self.get(start)
-        self._clean.pop(start, None)
-        set_bits(found, first, count)
-
-    @property
-    def many(self) -> bool:
-        """So many wait to be written that they should be."""
-        return len(self._dirty) * self._length > KEPT
-
-    def pending(self) -> list[tuple[int, bytearray]]:
-        """What has to be written, by position."""
-        return sorted(self._dirty.items())
-
-    def clean(self) -> None:
-        """All of that is on disk."""
-        self._clean.update(self._dirty)
-        self._dirty.clear()
-        self._trim()
+        """Sectors are now in the block at *start*."""
+        set_bits(self.change(start), first, count)

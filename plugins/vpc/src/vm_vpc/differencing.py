@@ -105,7 +105,7 @@ class DifferencingVpc(Vpc):
     def map_cached(self, offset: int, length: int) -> Sequence[Mapping] | None:
         unit, entries = self.table.block_size, self.table.entries
         for index in range(offset // unit, -(-(offset + length) // unit)):
-            if entries[index] != UNUSED and not self.sector_bitmaps.cached(entries[index] * SECTOR):
+            if entries[index] != UNUSED and not self.sector_bitmaps.holds(entries[index] * SECTOR):
                 return None
         return self.map(offset, length)
 
