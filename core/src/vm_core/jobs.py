@@ -30,7 +30,7 @@ from .block.jobs.compact import Compacted
 from .block.jobs.compare import Comparison
 from .block.jobs.convert import SPARSE, ConvertOptions
 from .block.jobs.job import Job
-from .block.node import Node
+from .block.node import Node, sectors_up
 from .block.open import create_image, open_node
 from .errors import UsageError
 from .image import Image
@@ -87,7 +87,6 @@ def convert(
         if backing is not None:
             options["backing_file"] = os.fspath(backing)
             options["backing_fmt"] = backing_format
-        from .block.jobs.source import sectors_up
 
         fresh = not os.path.lexists(path)
         try:

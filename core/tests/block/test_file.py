@@ -8,7 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -411,6 +411,15 @@ def test_host_device(loop: str, cache: str) -> None:
         create_image(loop, "raw", 2 << 20)
 
 
+def reserving(
+    path: Path, monkeypatch: pytest.MonkeyPatch, fallocate: Callable[[int, int, int, int], bool]
+) -> FileProtocol:
+    """A new file on a file system where setting space aside is worth it, and is done by *fallocate*."""
+    monkeypatch.setattr(file_module, "fallocate", fallocate)
+    monkeypatch.setattr(file_module, "worth_reserving", lambda fd: True)
+    return FileProtocol(os.open(path, os.O_RDWR | os.O_CREAT), str(path), readonly=False)
+
+
 def test_space_is_set_aside_for_large_writes_of_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a job expects to write much, large writes come after fallocate, small ones do not; the size stays."""
     calls: list[tuple[int, int, int]] = []
@@ -419,11 +428,7 @@ def test_space_is_set_aside_for_large_writes_of_jobs(tmp_path: Path, monkeypatch
         calls.append((mode, offset, length))
         return True
 
-    monkeypatch.setattr(file_module, "fallocate", fallocate)
-    monkeypatch.setattr(file_module, "worth_reserving", lambda fd: True)
-    (tmp_path / "disk").touch()
-    fd = os.open(tmp_path / "disk", os.O_RDWR)
-    node = FileProtocol(fd, str(tmp_path / "disk"), readonly=False)
+    node = reserving(tmp_path / "disk", monkeypatch, fallocate)
     large = os.urandom(file_module.RESERVE_LEAST)
     node.pwrite(0, large)
     assert not calls
@@ -450,11 +455,7 @@ def test_a_write_goes_on_where_space_cannot_be_set_aside(
             raise OSError(failure, os.strerror(failure))
         return False
 
-    monkeypatch.setattr(file_module, "fallocate", fallocate)
-    monkeypatch.setattr(file_module, "worth_reserving", lambda fd: True)
-    (tmp_path / "disk").touch()
-    fd = os.open(tmp_path / "disk", os.O_RDWR)
-    node = FileProtocol(fd, str(tmp_path / "disk"), readonly=False)
+    node = reserving(tmp_path / "disk", monkeypatch, fallocate)
     node.expect_much()
     data = os.urandom(file_module.RESERVE_LEAST * 2)
     node.pwrite(0, data)

@@ -7,8 +7,9 @@ import random
 
 import pytest
 
-from vm_core.block.jobs.source import Request, Run, Source, read_request, requests, sectors_up
+from vm_core.block.jobs.source import Request, Run, Source, read_request, requests
 from vm_core.block.mapping import Kind
+from vm_core.block.node import sectors_up
 from vm_core.testing.nodes import MemoryNode
 
 K = 1024

@@ -22,11 +22,10 @@ from typing import Any
 from ..errors import BlockError, FatalError, UsageError
 from .cache import WRITEBACK, CacheMode
 from .engine import Engine
-from .node import Node
+from .node import Node, sectors_up
 from .passage import Hold, Passage, Span, release
 from .request import Op, Request
 
-SECTOR = 512
 READ_POLICIES = ("report", "ignore", "stop")
 WRITE_POLICIES = ("report", "ignore", "stop", "enospc")
 
@@ -166,7 +165,7 @@ class BlockBackend:
 
             if not present(node):  # a drive of the host that is empty
                 return 0
-        return _reach(node)
+        return sectors_up(node.size)
 
     @property
     def readonly(self) -> bool:
@@ -349,7 +348,7 @@ class BlockBackend:
         node = self._medium()
         op = request.op
         if op is Op.READ:
-            if request.offset + request.length > _reach(node):
+            if request.offset + request.length > sectors_up(node.size):
                 raise BlockError.of(errno.EIO)
             node.read(request.offset, request.buffers)
             return
@@ -362,7 +361,7 @@ class BlockBackend:
         stable = (request.fua or not self._write_cache) and not self.cache.no_flush
         length, end = request.length, request.offset + request.length
         if end > node.size:
-            if end > _reach(node):
+            if end > sectors_up(node.size):
                 raise BlockError.of(errno.EIO)
             if op is Op.DISCARD:
                 length = node.size - request.offset
@@ -508,11 +507,6 @@ class BlockBackend:
         node, self._node = self._node, None
         if node is not None and not keep_medium:
             node.close()
-
-
-def _reach(node: Node) -> int:
-    """How far requests may reach: to the end of the sector in which the medium ends."""
-    return -(-node.size // SECTOR) * SECTOR
 
 
 def make_engine(name: str, host: BlockBackend, options: dict[str, Any]) -> Engine:

@@ -236,6 +236,7 @@ def _check_backing(new: NewImage, look: bool, need_format: bool, gate: Gate | No
         if not format and need_format:
             raise UsageError(f"{missing}: give backing_fmt (-F)").put(missing)
         return
+    from .node import sectors_up
     from .open import open_node
 
     try:
@@ -250,7 +251,7 @@ def _check_backing(new: NewImage, look: bool, need_format: bool, gate: Gate | No
                 f"{missing}\nDetected format of {node.driver}."
             )
         if new.values.get("size") is None:
-            new.values["size"] = -(-node.size // 512) * 512
+            new.values["size"] = sectors_up(node.size)
 
 
 def _is_format(name: str) -> bool:

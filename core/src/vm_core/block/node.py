@@ -22,8 +22,15 @@ if TYPE_CHECKING:
     from .open import OpenContext
     from .passage import Hold, Span
 
+#: Bytes of a sector. Sizes are told in whole ones.
+SECTOR = 512
 #: A piece of memory that a request reads into or writes from. Only flat, contiguous byte views (format "B") are passed.
 Buffer = memoryview
+
+
+def sectors_up(size: int) -> int:
+    """*size* rounded up to whole sectors."""
+    return -(-size // SECTOR) * SECTOR
 
 
 class Node(ABC):

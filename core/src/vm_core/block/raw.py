@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import BlockError, ImageError, UsageError
 from .imagenode import ImageNode
 from .mapping import Kind, Mapping
-from .node import Buffer, Node
+from .node import Buffer, Node, sectors_up
 from .vectors import cut, fill, gather, total
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class RawNode(ImageNode):
     @classmethod
     def create(cls, file: Node, size: int, options: dict[str, Any]) -> None:
         """Give *file* *size* bytes of zeroes, rounded up to sectors of 512."""
-        size = -(-size // 512) * 512
+        size = sectors_up(size)
         preallocation = options.pop("preallocation", "off")
         file.truncate(size)
         if preallocation != "off" and size:

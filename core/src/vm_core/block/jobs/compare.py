@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 from ..extents import Extent, walk
 from ..mapping import Kind
-from ..node import Node
+from ..node import SECTOR, Node, sectors_up
 from . import pipeline
 from .job import Job
 from .memory import page_buffer
-from .source import SECTOR, Segment, Source, is_direct, read_segment, sectors_up
+from .source import Segment, Source, is_direct, read_segment
 from .zeroes import all_zero
 
 #: Bytes that a piece of work has at most, and bytes read of each image at a time: small buffers stay in the cache.

@@ -20,12 +20,12 @@ from ...errors import VmError
 from ..file import FileProtocol
 from ..formatnode import FormatNode, WriteTicket
 from ..mapping import Kind
-from ..node import Node
+from ..node import SECTOR, Node, sectors_up
 from ..raw import RawNode
 from . import pipeline
 from .job import Job
 from .memory import page_buffer, trim
-from .source import SECTOR, STEP, Request, Run, Source, Warn, read_request, read_segment, requests
+from .source import STEP, Request, Run, Source, Warn, read_request, read_segment, requests
 from .zeroes import all_zero, data_runs
 
 #: The run of zeroes that is left out of the target (``-S``) where nothing else is asked for.
@@ -177,7 +177,7 @@ class _Conversion:
             for storage in _storage([self.target]):
                 if type(storage) is FileProtocol:
                     storage.expect_much()
-        buffer_size = min(step, -(-self.target_size // SECTOR) * SECTOR or SECTOR)
+        buffer_size = min(step, sectors_up(self.target_size) or SECTOR)
         pipeline.run(
             planned,
             work,

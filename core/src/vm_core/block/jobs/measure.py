@@ -8,8 +8,7 @@ from typing import Any
 from ..extents import walk
 from ..formatnode import FormatNode
 from ..mapping import Kind
-from ..node import Node
-from .source import sectors_up
+from ..node import Node, sectors_up
 
 #: Bytes of a bitmap directory entry before the name, and what entries are aligned to (QCOW2's specification, "Bitmap
 #: directory").

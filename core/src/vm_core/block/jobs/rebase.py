@@ -15,13 +15,13 @@ from typing import NamedTuple
 from ..extents import Extent, walk
 from ..formatnode import FormatNode
 from ..mapping import Kind
-from ..node import Node
+from ..node import SECTOR, Node
 from . import pipeline
 from .compare import SMALL, Walk
 from .convert import CopyError
 from .job import Job
 from .memory import page_buffer
-from .source import SECTOR, Segment, Source, is_direct, read_segment
+from .source import Segment, Source, is_direct, read_segment
 
 #: Bytes that are written at a time.
 PIECE = 2 * 1024 * 1024

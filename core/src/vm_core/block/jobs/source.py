@@ -15,14 +15,12 @@ from typing import NamedTuple
 from ..extents import Extent, walk
 from ..formatnode import FormatNode
 from ..mapping import Kind, Mapping
-from ..node import Node, Protocol
+from ..node import SECTOR, Node, Protocol, sectors_up
 from ..raw import RawNode
 from ..vectors import fill
 
 #: Bytes a request has at most: what the reference implementation moves at a time, so that space is set aside alike.
 STEP = 2 * 1024 * 1024
-#: Sizes are whole sectors.
-SECTOR = 512
 #: Bytes that are looked up at once where errors are expected.
 SALVAGE_STEP = 64 * 1024 * 1024
 #: Beyond every image.
@@ -67,11 +65,6 @@ class Request(NamedTuple):
     offset: int
     length: int
     segments: list[Segment]
-
-
-def sectors_up(size: int) -> int:
-    """*size* rounded up to whole sectors."""
-    return -(-size // SECTOR) * SECTOR
 
 
 class Source:

@@ -241,7 +241,7 @@ def _convert(tool: Tool, given: _Arguments, sources: list[Node], stack: ExitStac
     from ...block.formatnode import FormatNode
     from ...block.jobs.convert import SPARSE, ConvertOptions, convert
     from ...block.jobs.job import Job
-    from ...block.jobs.source import sectors_up
+    from ...block.node import sectors_up
 
     for name, node in zip(given.names, sources, strict=False):
         need_medium(node, f"Could not get size of {name}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from ...errors import VmError
@@ -60,7 +59,6 @@ def _create(
     from ...block.create import MissingBackingFormatError, prepare
     from ...options import split
 
-    existed = os.path.lexists(filename)
     try:
         given = {name: value for text in texts for name, value in split(text).items()}
         if size is not None and "size" in given:
@@ -78,13 +76,13 @@ def _create(
         )
         tool.say(f"Formatting '{filename}', {new.describe()}")
         sys.stdout.flush()
-        new.create()
+        with tool.target(filename) as made:
+            made.kept = True
+            new.create()
     except MissingBackingFormatError as error:
         # The peer's second line has no end.
         tool.error(f"{filename}: {reason(error)}", end="" if tool.peer else "\n")
         tool.hint("name the backing file's format: -F FORMAT")
         raise Exit(1) from None
     except (VmError, OSError) as error:
-        if existed and not os.path.lexists(filename):
-            tool.afterwards(f"what '{filename}' was before is gone")
         raise OpenFailure(f"{filename}: {reason(error)}", error) from error

@@ -85,11 +85,12 @@ def image_info(node: Node) -> dict[str, Any]:
     from ...block.formatnode import FormatNode
     from ...block.medium import present
     from ...block.names import place_of
+    from ...block.node import sectors_up
 
     info: dict[str, Any] = {
         "filename": node.filename,
         "format": node.driver,
-        "virtual-size": -(-node.size // 512) * 512,
+        "virtual-size": sectors_up(node.size),
         **node.known_allocated(),
         "dirty-flag": False,
     }

@@ -60,6 +60,7 @@ def run(args: list[str], tool: Tool) -> int:
         tool.usage("Expecting one image file name")
     as_json = tool.output(output) if output is not None else False
     from ...block.medium import present
+    from ...block.node import sectors_up
 
     with tool.open(options.rest[0], image_opts=image_opts, format=format, share=share) as node:
         if not as_json:
@@ -67,7 +68,7 @@ def run(args: list[str], tool: Tool) -> int:
         elif tool.peer and not present(node):
             sys.stdout.write("[")
         need_medium(node, f"Failed to get size for '{options.rest[0]}'", why=False)
-        end = -(-node.size // 512) * 512
+        end = sectors_up(node.size)
         if limit >= 0:
             end = min(end, start + limit)
         if as_json:
@@ -138,9 +139,10 @@ def _peer_maps(node: Node) -> bool:
 def _resolve(node: Node, start: int, end: int, depth: int) -> Iterator[Entry]:
     """Entries of the range, from *node* and what is below it."""
     from ...block.mapping import Kind
+    from ...block.node import sectors_up
 
     below = node.backing
-    below_end = -(-below.size // 512) * 512 if below is not None else 0
+    below_end = sectors_up(below.size) if below is not None else 0
     stop = min(end, node.size)
     position = start
     storage, here, name = None, False, ""

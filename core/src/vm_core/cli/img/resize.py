@@ -72,7 +72,9 @@ def _amount(text: str) -> int:
 
 def _resize(tool: Tool, node: Node, sign: str, amount: int, preallocation: str, shrink: bool) -> None:
     need_medium(node, "Failed to inquire current image length")
-    current = -(-node.size // 512) * 512
+    from ...block.node import sectors_up
+
+    current = sectors_up(node.size)
     total = current + amount if sign == "+" else current - amount if sign == "-" else amount
     if not 0 < total < 1 << 63:
         raise Failure("New image size must be positive")
