@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import attrs
@@ -52,44 +53,64 @@ def run(command: Sequence[str | Path]) -> Run:
     return Run(float(wall), float(cpu), int(memory))
 
 
-#: Bytes of memory that are touched before each run: more than any of them takes.
-_WARM = 2 << 30
-_TOUCH = (
-    "import mmap, sys;mmap.mmap(-1, int(sys.argv[1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)"
-)
+#: Bytes of memory that are kept at hand: more than any run takes.
+_KEPT = 6 << 30
+#: Takes so much memory, gives all of it back but one page of each MiB, and holds those until its input ends.
+_COMB = """
+import mmap, sys
+NOHUGEPAGE, POPULATE_WRITE, TOOTH = 15, 23, 1 << 20
+size = int(sys.argv[1])
+memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+memory.madvise(NOHUGEPAGE)
+memory.madvise(POPULATE_WRITE)
+for at in range(0, size, TOOTH):
+    memory.madvise(mmap.MADV_DONTNEED, at + mmap.PAGESIZE, TOOTH - mmap.PAGESIZE)
+print("ready", flush=True)
+sys.stdin.read()
+"""
 
 
-#: Whether to touch memory before each run; else what a run meets is what the one before left.
-warming = True
+@contextmanager
+def warm() -> Iterator[None]:
+    """Keep free memory at hand while this lasts.
 
-
-def warm() -> None:
-    """Have free memory at hand, and nothing that waits to be written.
-
-    In a virtual machine that gives its free pages back to the host, whoever first needs them again waits for the host:
-    a copy into the page cache then takes four times as long, and which contestant is hit depends on its turn.
+    A virtual machine may give its free pages back to the host, in blocks of 2 MiB and more. Whoever needs them again
+    waits for the host: a copy into the page cache then takes four times as long, and which contestant is hit depends
+    on its turn. Free memory of which a page in each MiB is in use stays, and Linux prefers such pieces to whole blocks.
     """
-    if warming and sys.platform == "linux":
-        with open("/proc/meminfo") as file:
-            free = next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
-        touched = min(_WARM, free // 2)
-        subprocess.run([sys.executable, "-I", "-S", "-c", _TOUCH, str(touched)], check=True)
-        os.sync()  # what waits to be written would slow down whoever writes next
+    if sys.platform != "linux":
+        yield
+        return
+    with open("/proc/meminfo") as file:
+        free = next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
+    size = min(_KEPT, free // 2) >> 20 << 20
+    command = [sys.executable, "-I", "-S", "-c", _COMB, str(size)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as comb:
+        assert comb.stdout is not None
+        comb.stdout.readline()  # nothing where the kernel is too old for it: then memory is as it is
+        yield
 
 
 @attrs.frozen
 class Contest:
-    """The medians of the peer's runs and of ours."""
+    """The medians of the peer's runs and of ours, and of each the run that took the shortest time."""
 
     title: str
     goal: float | None
     peer: Run
     ours: Run
+    peer_best: float
+    ours_best: float
 
     @property
     def ratio(self) -> float:
         """Ours over theirs: below 1 is faster."""
         return self.ours.wall / self.peer.wall
+
+    @property
+    def best(self) -> float:
+        """The same of the fastest runs, which the machine's other work disturbed least."""
+        return self.ours_best / self.peer_best
 
     @property
     def memory(self) -> float:
@@ -112,14 +133,15 @@ def contest(
     def contestant(name: str, command: Sequence[str | Path]) -> Callable[[], float]:
         def work() -> float:
             before()
-            warm()
+            os.sync()  # what waits to be written would slow down whoever writes next
             runs[name].append(run(command))
             return runs[name][-1].wall
 
         return work
 
     interleave({"peer": contestant("peer", peer), "ours": contestant("ours", ours)}, rounds)
-    return Contest(title, goal, _median(runs["peer"]), _median(runs["ours"]))
+    best = {name: min(run.wall for run in done) for name, done in runs.items()}
+    return Contest(title, goal, _median(runs["peer"]), _median(runs["ours"]), best["peer"], best["ours"])
 
 
 def _median(runs: Sequence[Run]) -> Run:
