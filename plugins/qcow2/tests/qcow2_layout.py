@@ -53,3 +53,29 @@ def _but_copied(one: bytes, two: bytes) -> bool:
         one[at] & 0x7F == two[at] & 0x7F and one[at + 1 : at + 8] == two[at + 1 : at + 8]
         for at in range(0, len(one), 8)
     )
+
+
+def guest_data(path: Path) -> tuple[set[int], set[int]]:
+    """The host clusters that hold plain data of the guest, and those in which compressed data begins or goes on."""
+    data = path.read_bytes()
+    fields = struct.unpack(">IIQIIQIIQQIIQ", data[:72])
+    bits, step = fields[4], 8
+    if fields[1] > 2 and int.from_bytes(data[72:80], "big") >> 4 & 1:
+        step = 16
+    plain: set[int] = set()
+    compressed: set[int] = set()
+    for number in range(fields[7]):
+        at = fields[8] + 8 * number
+        table = int.from_bytes(data[at : at + 8], "big") & (1 << 56) - 512
+        if not table:
+            continue
+        for place in range(table, min(table + (1 << bits), len(data)), step):
+            entry = int.from_bytes(data[place : place + 8], "big")
+            if entry >> 62 & 1:
+                host = entry & (1 << 70 - bits) - 1
+                sectors = (entry & (1 << 62) - 1) >> 70 - bits
+                last = (host | 511) + 512 * sectors
+                compressed |= set(range(host >> bits, (last >> bits) + 1))
+            elif entry & (1 << 56) - 512:
+                plain.add((entry & (1 << 56) - 512) >> bits)
+    return plain, compressed

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qcow2_layout import Layout
+from qcow2_layout import Layout, guest_data
 
 from vm_core.block.formatnode import FormatNode
 from vm_core.block.open import open_node
@@ -160,6 +160,22 @@ def varies(qemu: Qemu, before: Path, again: Path, *steps: Step, failed: int = 0)
     return len(found) > 1
 
 
+def overwrites_at_once(qemu: Qemu, before: Path, again: Path, *steps: Step) -> bool:
+    """Whether a write of the peer's puts data where compressed data was that it replaces itself.
+
+    A power cut then may lose both. Here such a cluster is free once the new data is part of the image on the disk.
+    """
+    held: set[int] = set()
+    for count in range(1, len(steps) + 1):
+        shutil.copytree(before, again, dirs_exist_ok=True)
+        session(qemu, again / "disk.qcow2", list(steps[:count]))
+        plain, compressed = guest_data(again / "disk.qcow2")
+        if steps[count - 1][0] == "write" and held & plain:
+            return True
+        held = compressed
+    return False
+
+
 @pytest.mark.usefixtures("plain_zlib")
 @pytest.mark.parametrize(
     ("name", "size"),
@@ -240,7 +256,9 @@ def test_the_same_clusters_after_sessions(
         # Subclusters that are not in use hold what was there when the cluster was something else.
         if one.used != two.used or (one != two and "extended_l2" not in options):
             assert LONG, steps
-            assert varies(qemu, before, tmp_path / "again", *steps, failed=failed), steps
+            assert overwrites_at_once(qemu, before, tmp_path / "again", *steps) or varies(
+                qemu, before, tmp_path / "again", *steps, failed=failed
+            ), steps
             break
     qemu.sound(mine / "disk.qcow2")
 
