@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from vm_core.block.file import FileProtocol
 from vm_core.block.jobs.convert import ConvertOptions, CopyError, convert, reads_as_zeroes
 from vm_core.block.jobs.job import Cancelled, Job
-from vm_core.block.node import Node
+from vm_core.block.node import Buffer, Node
 from vm_core.block.raw import RawNode
 from vm_core.testing.nodes import FailingNode, MemoryNode
 
@@ -88,6 +89,19 @@ def test_overlay_keeps_its_backing_image(seed: int) -> None:
     assert target.allocated() < size // 4
 
 
+@pytest.mark.parametrize("workers", [1, 4])
+def test_pieces_of_one_cluster_above_a_backing_image(workers: int) -> None:
+    """Data and zeroes that share a cluster of an overlay arrive, one after the other."""
+    large = 64 * K
+    chance = random.Random(workers)
+    model = b"".join(bytes(4 * K) if chance.random() < 0.5 else chance.randbytes(4 * K) for _ in range(2048))
+    below = toy(len(model), cluster=large)
+    below.pwrite(0, b"below" * (len(model) // 5))
+    target = toy(len(model), backing=below, cluster=large)
+    convert([raw(MemoryNode(model))], target, ConvertOptions(backing=len(model), workers=workers))
+    assert contents(target) == model
+
+
 def test_several_images_are_joined() -> None:
     """Sources follow each other, each from a whole sector on."""
     first, second = raw(MemoryNode(b"a" * 1000)), toy(CLUSTER)
@@ -106,6 +120,50 @@ def test_zeroes_take_no_space() -> None:
     full = toy(node.size)
     convert([node], full, ConvertOptions(sparse=0))
     assert full.allocated() >= node.size
+
+
+class _Written(MemoryNode):
+    """Remembers what was written from *start* on."""
+
+    def __init__(self, start: int) -> None:
+        super().__init__()
+        self.start = start
+        self.pieces: list[tuple[int, bytes]] = []
+
+    def write(self, offset: int, buffers: Sequence[Buffer], *, fua: bool = False) -> None:
+        if offset >= self.start:
+            self.pieces.append((offset, b"".join(buffers)))
+        super().write(offset, buffers, fua=fua)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("tail", [b"x", b"\0"])
+def test_zeroes_within_large_clusters_are_not_written(workers: int, tail: bytes) -> None:
+    """Where a new cluster's place reads as zeroes only data goes there, and the file reaches to the cluster's end."""
+    large = 1024 * K
+    model = b"a" * 4 * K + bytes(60 * K) + b"b" * 8 * K + bytes(952 * K) + bytes(large) + b"c" * 512
+    model = model.ljust(5 * large - 1, b"\0") + tail
+    storage = _Written(large)
+    target = toy(len(model), file=storage, cluster=large)
+    storage.pieces.clear()
+    convert([raw(MemoryNode(model))], target, ConvertOptions(workers=workers, zero_init=True))
+    target.flush()
+    clusters = 3 if tail == b"x" else 2
+    assert sum(len(data) for _, data in storage.pieces) <= 12 * K + clusters * 4 * K
+    assert storage.size % large == 0
+    assert contents(target) == model
+
+
+def test_zeroes_overwrite_what_was_there() -> None:
+    """Zeroes within clusters are written where something else lies or may lie there."""
+    large = 1024 * K
+    target = toy(4 * large, cluster=large)
+    target.pwrite(0, b"old!" * (3 * large // 4))
+    target.discard(large, large)
+    target.flush()
+    model = (b"n" * 4 * K + bytes(large - 4 * K)) * 4
+    convert([raw(MemoryNode(model))], target, ConvertOptions(zero_init=False))
+    assert contents(target) == model
 
 
 def test_read_error_is_told_with_its_place() -> None:

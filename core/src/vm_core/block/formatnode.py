@@ -56,7 +56,7 @@ from .extents import Lease, Step, plan
 from .format import Format, Progress
 from .imagenode import ImageNode
 from .mapping import Allocation, Kind, Mapping
-from .node import Buffer, Node
+from .node import SECTOR, Buffer, Node
 from .passage import Span
 from .rangelock import EVERYTHING, RangeLock
 from .vectors import PIECE, cut, fill, is_zero, scatter, total, zero_views
@@ -75,6 +75,8 @@ CHANGE_STEP = 1 << 30
 COPY_STEP = 1 << 20
 #: What a flush locks: no request reaches so far, so that it keeps nobody waiting who does not want everything.
 FLUSHING = (EVERYTHING - 1, EVERYTHING)
+#: Zeroes are left out of fresh clusters from this size on: smaller ones are not worth the calls.
+HOLES_LEAST = 1024 * 1024
 #: Heads and tails of zeroes longer than this are zeroed by the storage instead of written.
 ZERO_BY_STORAGE = PIECE
 
@@ -115,6 +117,15 @@ class WriteTicket(NamedTuple):
     length: int
     allocations: list[Allocation]
     ticket: int
+
+
+class Holes(NamedTuple):
+    """What a bulk job knows of the zeroes in a write, so that none are written where there are zeroes already."""
+
+    #: (start, end) in the image of what is not zeroes, ascending.
+    data: list[tuple[int, int]]
+    #: The image reads as zeroes where this write goes: there is nothing to overwrite.
+    blank: bool
 
 
 class FormatNode(ImageNode):
@@ -493,14 +504,20 @@ class FormatNode(ImageNode):
         self._fill_allocations(offset, length, buffers, allocations)
 
     def _fill_allocations(
-        self, offset: int, length: int, buffers: Sequence[Buffer], allocations: Sequence[Allocation]
+        self,
+        offset: int,
+        length: int,
+        buffers: Sequence[Buffer],
+        allocations: Sequence[Allocation],
+        holes: Holes | None = None,
     ) -> None:
         """Write the data of a request and commit its fresh allocations, or give them back if that fails."""
         fresh = [one for one in allocations if one.fresh]
         try:
             self._check_allocations(offset, length, allocations)
             for group in _groups(allocations):
-                self._fill_group(offset, length, buffers, group)
+                if holes is None or not self._fill_data(offset, length, buffers, group, holes):
+                    self._fill_group(offset, length, buffers, group)
         except BaseException:
             if fresh:
                 with self._mutex:
@@ -612,10 +629,13 @@ class FormatNode(ImageNode):
         return WriteTicket(offset, length, allocations, ticket)
 
     @_as_block_errors
-    def finish_write(self, write: WriteTicket, buffers: Sequence[Buffer]) -> None:
-        """The second half: write the data where it belongs and make it what the guest sees."""
+    def finish_write(self, write: WriteTicket, buffers: Sequence[Buffer], holes: Holes | None = None) -> None:
+        """The second half: write the data where it belongs and make it what the guest sees.
+
+        Zeroes among it that *holes* tells of need not be written.
+        """
         try:
-            self._fill_allocations(write.offset, write.length, buffers, write.allocations)
+            self._fill_allocations(write.offset, write.length, buffers, write.allocations, holes)
             if self.format.tracking:
                 self._written(write.offset, write.length)
         finally:
@@ -683,6 +703,32 @@ class FormatNode(ImageNode):
         if self._watch is not None:
             self._watch("write_aio")
         first.storage.write(host, vector)
+
+    def _fill_data(
+        self, offset: int, length: int, buffers: Sequence[Buffer], group: Sequence[Allocation], holes: Holes
+    ) -> bool:
+        """Write the data alone where all else reads as zeroes already. False, and nothing written, where it may not."""
+        first, last = group[0], group[-1]
+        start, end = first.offset, last.offset + last.length
+        for one in group:
+            if not (one.zeroed and self.cluster_size >= HOLES_LEAST if one.fresh else holes.blank):
+                return False
+        begin, finish = max(start, offset), min(end, offset + length)
+        if begin > start and first.fresh and self._former_bytes(start, begin - start, first) is not None:
+            return False
+        if finish < end and last.fresh and self._former_bytes(finish, end - finish, last) is not None:
+            return False
+        storage, distance = first.storage, first.host - start
+        if self._watch is not None:
+            self._watch("write_aio")
+        for low, high in holes.data:
+            if low < finish and begin < high:
+                low, high = max(low, begin), min(high, finish)
+                storage.write(low + distance, cut(buffers, low - offset, high - low))
+        if last.fresh and end + distance > storage.size:
+            # A file never ends within a cluster: others look at its length.
+            storage.write(end + distance - SECTOR, zero_views(SECTOR))
+        return True
 
     def _former_bytes(self, offset: int, length: int, target: Allocation) -> list[Buffer] | None:
         """What the guest reads in the range now, as vectors to write, None where nothing needs to be written."""

@@ -8,7 +8,9 @@ take requests side by side; each reads its data, finds the zeroes in it, and wri
   is laid out as if one thread had written it; the data itself moves side by side.
 * compressed, clusters are encoded side by side and placed in turns.
 
-Zeroes are found in blocks as small as ``sparse`` says, but never smaller than what the target can leave out.
+Zeroes are found in blocks as small as ``sparse`` says. What a target can leave out may be larger: whole clusters.
+Within clusters that hold data too, zeroes are not written where the place reads as zeroes already (a hole at the end of
+the file, or all of a new image whose clusters have their places), so that the file is as sparse as the source.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import NamedTuple, TypeVar
 
 from ...errors import VmError
 from ..file import FileProtocol
-from ..formatnode import FormatNode, WriteTicket
+from ..formatnode import HOLES_LEAST, FormatNode, Holes, WriteTicket
 from ..mapping import Kind
 from ..node import SECTOR, Node, sectors_up
 from ..raw import RawNode
@@ -125,6 +127,11 @@ def make_zero(target: Node) -> bool:
     return False
 
 
+def _in_place(image: FormatNode) -> bool:
+    """Whether clusters have their places before anything is written to them."""
+    return any(run.kind is Kind.DATA for run in image.map(0, min(image.size, image.cluster_size)))
+
+
 class _Conversion:
     """One run of :func:`convert`."""
 
@@ -144,6 +151,8 @@ class _Conversion:
         if zero_init is None:
             zero_init = options.backing < 0 and reads_as_zeroes(target)
         self.zero_init = zero_init and options.backing < 0
+        #: Zeroes within the target's clusters are looked for.
+        self.leaves_holes = False
         self.turns: pipeline.Turns | None = None
         #: The host shares blocks; the host copies.
         self.sharing = bool(options.sparse) and not options.compressed and self._find_sharing()
@@ -153,6 +162,8 @@ class _Conversion:
         options = self.options
         if not self.zero_init and options.backing < 0 and options.sparse:
             self.zero_init = make_zero(self.target)
+        if self.image is not None and options.backing < 0:
+            self.leaves_holes = self.cluster >= HOLES_LEAST or (self.zero_init and _in_place(self.image))
         if self.job.watched or options.salvage:  # a damaged image is looked through before anything is written
             self.job.start(sum(run.length for run in self._runs() if run.kind is Kind.DATA))
         if options.compressed:
@@ -185,6 +196,11 @@ class _Conversion:
             make_state=lambda: page_buffer(buffer_size, self.source.size),
             turns=self.turns,
         )
+        try:
+            # What the target has only in memory may not fit on the disk any more.
+            self.target.flush()
+        except OSError as error:
+            raise CopyError("writing", self.source.size, error) from error
         self.job.finish()
 
     @property
@@ -259,32 +275,35 @@ class _Conversion:
             self._in_turn(request, lambda: self._zero(request.offset, request.length))
             return
         by_host = self._blocks(request)
-        if by_host:
-            runs = [(0, request.length)]
-        else:
+        data = [(0, request.length)]
+        if not by_host:
             self._read(request, buffer)
-            runs = self._data_runs(request, buffer)
+            data = self._data_runs(request, buffer)
         self.job.throttle(request.length)
         image = self.image
-        if image is None:
+        if image is not None and self.options.backing >= 0 and data != [(0, request.length)]:
+            # Several parts may share a cluster, and then they have to be written one after the other.
+            self._in_turn(request, lambda: self._write_plain(request, buffer, data))
+        elif image is None:
             if not by_host or not self._host_write(request):
                 if by_host:
                     self._read(request, buffer)
-                    runs = self._data_runs(request, buffer)
-                self._write_plain(request, buffer, runs)
+                    data = self._data_runs(request, buffer)
+                self._write_plain(request, buffer, data)
         else:
+            runs = self._whole_clusters(request, data)
             tickets = self._in_turn(request, lambda: self._begin(image, request, runs))
             if not by_host or not self._host_fill(image, request, tickets):
                 if by_host:
                     self._read(request, buffer)
-                self._finish(image, request, buffer, tickets)
+                self._finish(image, request, buffer, tickets, data)
         self._advance(request)
 
     def _advance(self, request: Request) -> None:
         self.job.advance(sum([segment.length for segment in request.segments if segment.node is not None]))
 
     def _data_runs(self, request: Request, buffer: bytearray) -> list[tuple[int, int]]:
-        """The parts of the request that are to be written, relative to it."""
+        """The parts of the request that are not zeroes, relative to it, as fine as is of use."""
         sparse = self.options.sparse
         length = request.length
         if not sparse or not self.options.detect:
@@ -292,9 +311,32 @@ class _Conversion:
         grain = 1 << sparse.bit_length() - 1
         if grain < SECTOR:
             grain = SECTOR
-        if self.options.backing < 0 and self.cluster > grain:
+        if not self.leaves_holes and self.options.backing < 0 and self.cluster > grain:
             grain = min(self.cluster, STEP)
-        return data_runs(buffer, length, grain, sparse if sparse > grain else 0, request.offset)
+        least, offset = sparse if sparse > grain else 0, request.offset
+        read = request.read_runs() if self.leaves_holes else []
+        if not read or read == [(0, length)]:
+            return data_runs(buffer, length, grain, least, offset)
+        return [
+            (start + begin, start + end)
+            for start, stop in read
+            for begin, end in data_runs(buffer[start:stop], stop - start, grain, least, offset + start)
+        ]
+
+    def _whole_clusters(self, request: Request, data: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """The parts that are written at least: *data*, out to whole clusters of the target."""
+        if data == [(0, request.length)]:
+            return data
+        grain, origin = min(self.cluster, STEP), request.offset
+        runs: list[tuple[int, int]] = []
+        for begin, end in data:
+            begin = max(0, begin - (origin + begin) % grain)
+            end = min(request.length, end + -(origin + end) % grain)
+            if runs and begin <= runs[-1][1]:
+                runs[-1] = runs[-1][0], end
+            else:
+                runs.append((begin, end))
+        return runs
 
     def _in_turn(self, request: Request, act: Callable[[], _T]) -> _T:
         turns = self.turns
@@ -323,12 +365,19 @@ class _Conversion:
 
     def _write_plain(self, request: Request, buffer: bytearray, runs: list[tuple[int, int]]) -> None:
         target, offset = self.target, request.offset
+        gaps = self._gaps(request, runs)
         try:
             with memoryview(buffer) as view:
-                for begin, end in runs:
-                    target.write(offset + begin, (view[begin:end],))
-            for start, length in self._gaps(request, runs):
-                self._zero(start, length)
+                for start, length, zero in sorted(
+                    [
+                        *[(offset + begin, end - begin, False) for begin, end in runs],
+                        *[(start, length, True) for start, length in gaps],
+                    ]
+                ):
+                    if zero:
+                        self._zero(start, length)
+                    else:
+                        target.write(start, (view[start - offset : start - offset + length],))
         except OSError as error:
             raise CopyError("writing", offset, error) from None
 
@@ -345,13 +394,24 @@ class _Conversion:
             raise
         return tickets
 
-    def _finish(self, image: FormatNode, request: Request, buffer: bytearray, tickets: list[WriteTicket]) -> None:
+    def _finish(
+        self,
+        image: FormatNode,
+        request: Request,
+        buffer: bytearray,
+        tickets: list[WriteTicket],
+        data: list[tuple[int, int]],
+    ) -> None:
+        origin = request.offset
+        holes = None
+        if self.leaves_holes and data != [(0, request.length)]:
+            holes = Holes([(origin + begin, origin + end) for begin, end in data], self.zero_init)
         try:
             with memoryview(buffer) as view:
                 while tickets:
                     ticket = tickets.pop(0)
-                    start = ticket.offset - request.offset
-                    image.finish_write(ticket, (view[start : start + ticket.length],))
+                    start = ticket.offset - origin
+                    image.finish_write(ticket, (view[start : start + ticket.length],), holes)
         except OSError as error:
             raise CopyError("writing", request.offset, error) from None
         finally:

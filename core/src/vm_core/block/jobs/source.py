@@ -66,6 +66,18 @@ class Request(NamedTuple):
     length: int
     segments: list[Segment]
 
+    def read_runs(self) -> list[tuple[int, int]]:
+        """(start, end) of what is read, relative to the request: all but known zeroes."""
+        runs: list[tuple[int, int]] = []
+        for segment in self.segments:
+            if segment.node is None:
+                continue
+            start, end = segment.at, segment.at + segment.length
+            if runs and runs[-1][1] == start:
+                start = runs.pop()[0]
+            runs.append((start, end))
+        return runs
+
 
 class Source:
     """Images behind each other."""
