@@ -13,7 +13,7 @@ import pytest
 
 from vm_core.block.formatnode import FormatNode
 from vm_core.block.open import create_image, open_node
-from vm_core.errors import ImageError, UsageError
+from vm_core.errors import BlockError, ImageError, UsageError
 from vm_core.testing.nodes import MemoryNode, RecordingNode
 from vm_core.testing.qemu import LONG, Qemu
 from vm_core.testing.replay import power_cuts
@@ -205,6 +205,20 @@ def test_data_file_rules(tmp_path: Path, qemu: Qemu) -> None:
         amend(path, {"compat": "0.10"})
     amend(path, {"data_file": "elsewhere"})
     assert "data file: elsewhere" in qemu.img("info", path)
+
+
+def test_a_raw_data_file_has_no_backing_image(tmp_path: Path, qemu: Qemu) -> None:
+    """What the data file does not hold could not be seen in it: refused like the peer does, until raw is given up."""
+    path, data = tmp_path / "x.qcow2", tmp_path / "x.data"
+    qemu.create(path, 8 * MIB, {"data_file": data, "data_file_raw": "on"})
+    before = path.read_bytes()
+    assert "Invalid argument" in qemu.error("rebase", "-u", "-b", "base", "-F", "raw", path)
+    with open_node({"driver": "qcow2", "file.filename": str(path)}, readonly=False) as node:
+        assert isinstance(node, FormatNode)
+        with node.quiesce() as driver, pytest.raises(BlockError, match="Invalid argument"):
+            driver.change_backing("base", "raw")
+    assert path.read_bytes() == before
+    qemu.sound(path)
 
 
 def test_progress_ends_and_may_go_back(tmp_path: Path, qemu: Qemu) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from vm_core.block.open import open_node
+from vm_core.errors import BlockError
 from vm_core.testing.qemu import Qemu
 
 MIB = 1 << 20
@@ -104,3 +105,17 @@ def test_repairing_leaks_leaves_corruption_alone(image: Path, qemu: Qemu) -> Non
     found = qemu.check(image)
     assert not found.get("leaks")
     assert found["corruptions"] > 0
+
+
+@pytest.mark.parametrize("place", [(1 << 63) - (1 << 30), 1 << 63, (1 << 64) - (1 << 16)])
+def test_a_snapshot_that_cannot_be_read_is_not_repaired_away(image: Path, qemu: Qemu, place: int) -> None:
+    """Where its table lies past all files there is nothing to count: an error, and its data is not called leaked."""
+    qemu.img("snapshot", "-c", "one", image)
+    qemu.io(image, "write -P 1 0 16M")
+    put(image, word(image, 64), place.to_bytes(8, "big"))
+    assert "Check failed: " in qemu.error("check", image)
+    before = image.read_bytes()
+    for repair in ("", "leaks", "all"):
+        with open_node(str(image), readonly=not repair) as node, pytest.raises(BlockError, match="snapshot 1"):
+            node.format.check(repair=repair)  # type: ignore[attr-defined]
+    assert image.read_bytes() == before

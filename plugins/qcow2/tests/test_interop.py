@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import tempfile
@@ -13,9 +14,11 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+import vm_core
 from vm_core.block.mapping import Kind
 from vm_core.block.node import Node
 from vm_core.block.open import create_image, open_node
+from vm_core.cli.img.map import entries
 from vm_core.testing.qemu import LONG, Qemu
 
 CLUSTERS = [512, 1024, 4096, 65536, 1 << 20, 2 << 20]
@@ -332,3 +335,37 @@ def test_compressed_data_goes_behind_none_that_is_gone(tmp_path: Path, qemu: Qem
         assert node.pread(16 * size, size) == second
     qemu.sound(path)
     assert qemu.read(path)[4 * size : 4 * size + len(data)] == data
+
+
+def test_holes_of_a_data_file_show_where_the_peer_looks(tmp_path: Path, qemu: Qemu) -> None:
+    """Where far more clusters are counted than there is space for, the map tells what is a hole in the data file."""
+    path = tmp_path / "x.qcow2"
+    qemu.create(path, 4 << 20, {"data_file": tmp_path / "x.data", "data_file_raw": "on"})
+    for step in ("write 1M 64k", "write -z 2M 64k", "write 3M 64k"):
+        qemu.io(path, step)
+        qemu.img("bitmap", "--add", path, step.replace(" ", "-"))
+        theirs = json.loads(qemu.img("map", "--output=json", path))
+        with open_node(str(path)) as node:
+            ours = [one._asdict() for one in entries(node, 0, node.size)]
+        words = ("start", "length", "depth", "present", "zero", "data")
+        assert [[one[word] for word in words] for one in ours] == [[one[word] for word in words] for one in theirs]
+    assert any(one["zero"] and one["data"] for one in theirs), "the peer did not look into the data file"
+
+
+@pytest.mark.parametrize("kind", ["zlib", "zstd"])
+def test_compressed_images_end_with_a_sector(tmp_path: Path, qemu: Qemu, kind: str) -> None:
+    """Entries of compressed clusters count whole sectors: as in the peer's images, the file holds the last one, too."""
+    source, path = tmp_path / "raw", tmp_path / "x.qcow2"
+    chance = random.Random(5)
+    for size in (300, 1000, 2777):
+        source.write_bytes(chance.randbytes(size) + bytes((256 << 10) - size))
+        vm_core.convert(str(source), str(path), format="qcow2", compressed=True, compression_type=kind)
+        table = int.from_bytes(path.read_bytes()[40:48], "big")
+        data = path.read_bytes()
+        l2 = int.from_bytes(data[table : table + 8], "big") & 0x00FF_FFFF_FFFF_FE00
+        entry = int.from_bytes(data[l2 : l2 + 8], "big")
+        assert entry & 1 << 62
+        host, sectors = entry & (1 << 54) - 1, (entry >> 54 & 0xFF) + 1
+        assert (host & ~511) + sectors * 512 <= len(data)
+        qemu.sound(path)
+        assert qemu.read(path) == source.read_bytes()

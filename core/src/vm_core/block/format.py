@@ -63,6 +63,12 @@ class Format(ABC):
     #: Bytes in which SPECIAL runs are turned into data: a partial read asks for whole units (and keeps the last ones).
     #: None: clusters.
     special_unit: int | None = None
+    #: Bytes that who copies all of the image reads at once; None: as many as serve the target. QEMU's drivers of some
+    #: formats tell of one unit of allocation at a time, and a copy by QEMU needs little memory then.
+    copy_step: int | None = None
+    #: Whether QEMU's driver has the host copy (``convert -C``). With others data is copied as without, and zeroes in it
+    #: are found.
+    copies_ranges: bool = False
     #: Whether the driver wants to hear of every change of guest data: see :meth:`written`.
     tracking: bool = False
     #: Guest data can be written only compressed: whole clusters, each once.
@@ -174,6 +180,9 @@ class Format(ABC):
         """
         raise NotImplementedError
 
+    def end_encoded(self) -> None:
+        """A job has stored its last cluster in encoded form; called under the metadata mutex."""
+
     # Internal snapshots (capability ``snapshots``)
 
     def snapshots(self) -> Sequence[dict[str, Any]]:
@@ -210,6 +219,11 @@ class Format(ABC):
         """Machine state will be written up to the guest offset *end*: see to it that the tables reach there."""
 
     # Dirty bitmaps kept in the image (capability ``bitmaps``)
+
+    @property
+    def keeps_bitmaps(self) -> bool:
+        """Whether this very image can keep bitmaps, too: not where its version is of before there were any."""
+        return True
 
     def bitmaps(self) -> Sequence[dict[str, Any]]:
         """The bitmaps: ``name``, ``granularity`` (bytes), ``flags`` (of ``auto``, ``in-use``)."""

@@ -147,8 +147,8 @@ class PassingNode(Filter):
 class FailingNode(PassingNode):
     """Raises an error from chosen requests.
 
-    *decide* is called with the operation (``read``, ``write``, ``flush``, ``zero``, ``discard``, ``truncate``), offset
-    and length before each, and returns an errno, or 0 to let it through.
+    *decide* is called with the operation (``read``, ``write``, ``flush``, ``zero``, ``discard``, ``reserve``,
+    ``truncate``), offset and length before each, and returns an errno, or 0 to let it through.
     """
 
     def __init__(self, node: Node, decide: Callable[[str, int, int], int]) -> None:
@@ -179,6 +179,10 @@ class FailingNode(PassingNode):
     def discard(self, offset: int, length: int) -> None:
         self._check("discard", offset, length)
         super().discard(offset, length)
+
+    def reserve(self, offset: int, length: int, *, full: bool = False) -> None:
+        self._check("reserve", offset, length)
+        super().reserve(offset, length, full=full)
 
     def truncate(self, size: int) -> None:
         self._check("truncate", size)

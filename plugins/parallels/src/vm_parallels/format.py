@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from vm_core.block.format import Format
@@ -103,7 +104,12 @@ class Parallels(Format):
         if not context.readonly and not context.check:
             if header.in_use == IN_USE:
                 raise bad("parallels: Image was not closed correctly; cannot be opened read/write")
-            self._mark(IN_USE)
+            try:
+                self._mark(IN_USE)
+            except OSError:
+                with suppress(OSError):
+                    self._mark(0)
+                raise
         return self
 
     @property

@@ -364,7 +364,7 @@ class Allocator:
             raise
         for block in written:
             block.clean()
-        refcounts.unlinked.clear()
+        refcounts.linked()
         for position in range(new_blocks):
             self.metadata.add(area + position, 1, REFCOUNT_BLOCK)
         self.metadata.add(area + new_blocks, table_clusters, REFCOUNT_TABLE)
@@ -469,6 +469,28 @@ class Allocator:
     def lower(self, cluster: int) -> None:
         """Cluster number *cluster* is free now."""
         self._hint = min(self._hint, cluster)
+
+    def forget_unused(self) -> bool:
+        """Do without new refcount blocks that count nothing but themselves; returns whether there were any.
+
+        Only before anybody tried to let the table on disk point at them.
+        """
+        refcounts, bits = self.refcounts, self.store.geometry.cluster_bits
+        found = False
+        for index in () if refcounts.linking else sorted(refcounts.unlinked, reverse=True):
+            block = refcounts.block(index)
+            if block is None:
+                continue
+            cluster = block.offset >> bits
+            own = cluster >> self._shift == index
+            if len(block.counts) - block.counts.count(0) == own:
+                refcounts.drop(index)
+                self.metadata.remove(cluster, 1)
+                if not own:
+                    refcounts.decrement(cluster, 1)
+                self.lower(cluster)
+                found = True
+        return found
 
     # For repair
 

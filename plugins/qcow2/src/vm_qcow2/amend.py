@@ -12,21 +12,22 @@ to them, and only then the old ones are given back. An interrupted step loses sp
 
 from __future__ import annotations
 
-import errno
-import os
 from array import array
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from vm_core.block.tables import dump
-from vm_core.errors import BlockError, ImageError, UsageError
+from vm_core.errors import ImageError, UsageError, VmError
 
 from . import extensions, features
 from .extensions import Extension
 from .geometry import COMPRESSED, COPIED, OFFSET_MASK, ZERO
 from .header import MAX_BACKING_NAME, NEW_V3_LENGTH, V2_LENGTH, Header
+from .recovery import give_back
 from .refcounts import decode, encode
 from .snapshots import MIN_EXTRA_BYTES, rewrite_snapshots
 from .store import alternate
+from .told import told
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 _VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 _NEWER = "compatibility level 1.1"
+_HEADER_FAILED = "Failed to update the image header"
 #: Clusters of zeroes that are taken at a time.
 _PORTION = 4096
 #: Smaller header clusters have no room to spare for the feature name table.
@@ -94,6 +96,16 @@ def amend(image: Qcow2, options: dict[str, Any], *, force: bool = False, progres
     """
     image.store.check_writable()
     wanted = _Wanted(image, options)
+    try:
+        _amend(image, wanted, force, progress)
+    except VmError:
+        raise  # nothing was begun
+    except BaseException:
+        give_back(image)
+        raise
+
+
+def _amend(image: Qcow2, wanted: _Wanted, force: bool, progress: Progress | None) -> None:
     steps = _Steps(progress, (wanted.bits != image.geometry.refcount_bits) + wanted.downgrade)
     if wanted.version > image.header.version:
         upgrade(image)
@@ -112,9 +124,9 @@ def amend(image: Qcow2, options: dict[str, Any], *, force: bool = False, progres
             )
         change_refcount_width(image, wanted.bits, steps.next())
     if wanted.raw is False and image.raw_data:
-        image.header.autoclear_features &= ~features.RAW_DATA_FILE
-        image.store.write_header("autoclear_features")
-        image.store.barrier()
+        flags = image.header.autoclear_features & ~features.RAW_DATA_FILE
+        with told(_HEADER_FAILED):
+            image.store.update_header("autoclear_features", autoclear_features=flags)
         image.raw_data = False
     if wanted.data_file is not None:
         _change_data_file(image, wanted.data_file)
@@ -164,14 +176,13 @@ def _change_lazy(image: Qcow2, wanted: _Wanted) -> None:
     header = image.header
     # Before the image says that refcounts are never late they must not be.
     image.settle()
+    flags = header.compatible_features & ~features.LAZY_REFCOUNTS
     if wanted.lazy:
         if header.version < 3 or wanted.version < 3:
             raise UsageError(f"Lazy refcounts only supported with {_NEWER} and above (use compat=1.1 or greater)")
-        header.compatible_features |= features.LAZY_REFCOUNTS
-    else:
-        header.compatible_features &= ~features.LAZY_REFCOUNTS
-    image.store.write_header("compatible_features")
-    image.store.barrier()
+        flags |= features.LAZY_REFCOUNTS
+    with told(_HEADER_FAILED):
+        image.store.update_header("compatible_features", compatible_features=flags)
     image.reload()
 
 
@@ -219,14 +230,16 @@ def downgrade(image: Qcow2, report: Callable[[int, int], None]) -> None:
 
 
 def _write_header(image: Qcow2, found: list[Extension], header: Header) -> None:
-    from .headerarea import write_area
+    from .headerarea import NoRoomError, write_area
 
-    try:
-        write_area(image, found, header=header)
-    except BlockError as error:
-        if error.errno == errno.ENOSPC:
-            raise ImageError(image.store.name, "the header does not fit into its cluster any more") from error
-        raise
+    with told(_HEADER_FAILED):
+        try:
+            write_area(image, found, header=header)
+        except NoRoomError as error:
+            peer = f"{_HEADER_FAILED}: {error.strerror}"
+            raise ImageError(
+                image.store.name, "the header does not fit into its cluster any more", peer=peer
+            ) from error
 
 
 def _ordered(found: list[Extension]) -> list[Extension]:
@@ -270,11 +283,8 @@ def _has_compressed(image: Qcow2) -> bool:
 
 def expand_zero_clusters(image: Qcow2, report: Callable[[int, int], None]) -> None:
     """Do away with zero clusters in all L2 tables, of snapshots too. Raises BlockError."""
-    try:
+    with told("Failed to turn zero into data clusters"):
         _expand(image, report)
-    except BlockError as error:
-        reason = os.strerror(error.code)
-        raise BlockError.of(error.code, f"Failed to turn zero into data clusters: {reason}") from error
 
 
 def _expand(image: Qcow2, report: Callable[[int, int], None]) -> None:
@@ -356,17 +366,21 @@ def change_refcount_width(image: Qcow2, bits: int, report: Callable[[int, int], 
         change.undo()
         raise
     former = change.former_clusters()
-    image.header.refcount_table_offset = change.table_first << image.geometry.cluster_bits
-    image.header.refcount_table_clusters = change.table_clusters
-    image.header.refcount_order = bits.bit_length() - 1
-    # All three are in the first sector.
-    image.store.write_header("refcount_table_offset", "refcount_order")
-    image.store.barrier()
+    with told("Failed to update the qcow2 header"):
+        # All three are in the first sector.
+        image.store.update_header(
+            "refcount_table_offset",
+            "refcount_order",
+            refcount_table_offset=change.table_first << image.geometry.cluster_bits,
+            refcount_table_clusters=change.table_clusters,
+            refcount_order=bits.bit_length() - 1,
+        )
     image.reload()
-    for first, count in former:
-        for freed in image.refcounts.decrement(first, count):
-            image.allocator.lower(freed)
-    image.refcounts.settle()
+    with told("Failed to flush the refcount block cache"):
+        for first, count in former:
+            for freed in image.refcounts.decrement(first, count):
+                image.allocator.lower(freed)
+        image.refcounts.settle()
 
 
 class _WidthChange:
@@ -392,7 +406,8 @@ class _WidthChange:
         while changed:
             changed = self._walk()
             self._walks += 1
-        self._image.refcounts.settle()
+        with told("Failed to flush the refblock cache"):
+            self._image.refcounts.settle()
 
     def _walk(self) -> bool:
         refcounts, allocator = self._image.refcounts, self._image.allocator
@@ -453,14 +468,16 @@ class _WidthChange:
             while reported < old:
                 reported += 1
                 self._report(self._walks * length + reported, (self._walks + 1) * length)
-            store.write(cluster << bits, encode(self._counts(number), self._bits))
+            with told("Failed to write refblock"):
+                store.write(cluster << bits, encode(self._counts(number), self._bits))
         for old in range(reported + 1, length + 1):
             self._report(self._walks * length + old, (self._walks + 1) * length)
         table = array("Q", bytes(self.table_clusters * self._cluster_size))
         for number, cluster in self._blocks.items():
             table[number] = cluster << bits
-        store.write(self.table_first << bits, dump(table, "big"))
-        store.barrier()
+        with told("Failed to write the new reftable"):
+            store.write(self.table_first << bits, dump(table, "big"))
+            store.barrier()
 
     def _counts(self, number: int) -> array[int]:
         """The counts of new block *number*."""
@@ -484,7 +501,8 @@ class _WidthChange:
             allocator.cancel(cluster, 1)
         if self.table_clusters:
             allocator.cancel(self.table_first, self.table_clusters)
-        self._image.refcounts.settle()
+        with suppress(OSError):
+            self._image.refcounts.settle()
 
     def former_clusters(self) -> list[tuple[int, int]]:
         """First and count of the clusters that the old structures are in."""

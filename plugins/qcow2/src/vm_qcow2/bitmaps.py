@@ -5,6 +5,8 @@ themselves when they are needed. Opening for writing marks every bitmap on disk 
 knows what it holds. Writes set bits in those that are enabled (*auto*). Closing writes all of them anew – bits, tables,
 directory, each to free clusters – lets the header point at the new directory, and frees the old clusters. A power cut
 before that leaves the old directory, whose bitmaps are in use and so of no value; never a bitmap that lacks a write.
+Where closing fails, on a full disk perhaps, the old directory counts on (:meth:`Bitmaps.restore`): those of its bitmaps
+that no write of the guest has changed are as good as before.
 
 Bits are kept by clusters of bitmap data, in pieces that exist where a bit is set.
 """
@@ -23,6 +25,7 @@ from vm_core.errors import ImageError
 from . import extensions, features, overlap
 from .bitmaparea import write_extension
 from .extensions import BitmapsExtension
+from .told import told
 
 if TYPE_CHECKING:
     from .image import Qcow2
@@ -36,7 +39,10 @@ MIN_GRANULARITY_BITS = 9
 MAX_GRANULARITY_BITS = 31
 MAX_DIRECTORY = MAX_BITMAPS * 1024
 
+_EXTENSION_FAILED = "Failed to update bitmap extension"
 IN_USE = 1
+#: The byte of a directory entry with the lowest bits of its flags.
+_FLAGS_END = 15
 AUTO = 2
 DIRTY_TRACKING = 1
 #: Bits of a table entry.
@@ -77,6 +83,8 @@ class Bitmap:
         self.table_offset = 0
         self.table_size = 0
         self.table: array[int] = array("Q")
+        #: Its bits on disk lack writes of the guest, or are of another size.
+        self.stale = False
         #: Bits by number of cluster of bitmap data; None while they are only on disk.
         self._pieces: dict[int, bytearray] | None = {}
 
@@ -262,6 +270,8 @@ class Bitmaps:
         self.directory_size = 0
         #: They are on disk as they are here, and not in use, although the image is open for writing.
         self.settled = False
+        #: What the directory on disk names: bitmap, and its entry as of one that is not in use.
+        self._stored: list[tuple[Bitmap, bytes]] = []
 
     # Reading
 
@@ -401,10 +411,16 @@ class Bitmaps:
     def remove(self, name: str) -> None:
         """Take a bitmap away, from the disk at once. Raises ImageError."""
         bitmap = self.find(name, inconsistent=True)
-        self.entries.remove(bitmap)
+        position = self.entries.index(bitmap)
+        del self.entries[position]
         if bitmap.table_offset:
-            self._settle()
-            self._switch(in_use=True)
+            try:
+                self._settle()
+                with told(_EXTENSION_FAILED):
+                    self._switch(in_use=True)
+            except BaseException:
+                self.entries.insert(position, bitmap)
+                raise
             self._free_bits([(bitmap.table_offset, bitmap.table_size, bitmap.table)])
 
     def mark(self, offset: int, length: int) -> None:
@@ -412,6 +428,7 @@ class Bitmaps:
         for bitmap in self.entries:
             if bitmap.enabled and not bitmap.inconsistent:
                 bitmap.mark(offset, length)
+                bitmap.stale = True
 
     @contextmanager
     def resizing(self) -> Iterator[None]:
@@ -420,11 +437,14 @@ class Bitmaps:
             self.find(bitmap.name)
         for bitmap in self.entries:
             bitmap.pieces()
+        former = self.image.size
         try:
             yield
         finally:
-            for bitmap in self.entries:
-                bitmap.resize()
+            if self.image.size != former:
+                for bitmap in self.entries:
+                    bitmap.resize()
+                    bitmap.stale = True
 
     # To disk
 
@@ -438,8 +458,12 @@ class Bitmaps:
         """The image is open for writing: what is on disk is in use from now on."""
         if any(not one.inconsistent for one in self.entries):
             store = self.image.store
-            store.write(self.directory_offset, self._directory(in_use=True))
-            store.barrier()
+            self._stored = self._entries()
+            try:
+                store.write(self.directory_offset, self._directory(in_use=True))
+                store.barrier()
+            except OSError as error:
+                raise store.error(f"Can't update bitmap directory: {error.strerror}") from error
 
     def store(self) -> None:
         """Write every bitmap anew and let the header point at them. Raises BlockError; then all stay in use."""
@@ -451,11 +475,40 @@ class Bitmaps:
         new = [one for one in self.entries if not one.table_offset]
         self.entries = [one for one in self.entries if one.table_offset] + new[::-1]
         fresh = [one for one in self.entries if not one.inconsistent]
-        former = [(one.table_offset, one.table_size, one.table) for one in fresh if one.table_offset]
+        before = [(one.table_offset, one.table_size, one.table) for one in fresh]
+        try:
+            for bitmap in fresh:
+                with told(f"Failed to write bitmap '{bitmap.name}' to file"):
+                    self._write(bitmap)
+            with told(_EXTENSION_FAILED):
+                self._switch(in_use=False)
+        except BaseException:
+            for bitmap, place in zip(fresh, before, strict=True):
+                bitmap.on_disk(*place)
+            raise
         for bitmap in fresh:
-            self._write(bitmap)
-        self._switch(in_use=False)
-        self._free_bits(former)
+            bitmap.stale = False
+        self._free_bits([place for place in before if place[0]])
+
+    def restore(self) -> bool:
+        """They could not be stored: have the directory on disk say which bitmaps are of use; returns whether all are.
+
+        Nothing changes any more until the image is opened again.
+        """
+        lost = len(self._stored) < len(self.entries) or any(one.stale for one, _ in self._stored)
+        data = bytearray()
+        for bitmap, entry in self._stored:
+            piece = bytearray(entry)
+            if bitmap.stale:
+                piece[_FLAGS_END] |= IN_USE
+            data += piece
+        try:
+            if data:
+                self.image.store.write(self.directory_offset, data)
+                self.image.store.barrier()
+        except OSError:
+            return False
+        return not lost
 
     def move_directory(self) -> None:
         """Write the directory anew, to the first free clusters. The bitmaps are on disk as they are here."""
@@ -470,6 +523,9 @@ class Bitmaps:
     def _directory(self, *, in_use: bool) -> bytes:
         """*in_use* goes for those that are not anyway."""
         return b"".join(one.entry(in_use=in_use or one.inconsistent) for one in self.entries if one.table_offset)
+
+    def _entries(self) -> list[tuple[Bitmap, bytes]]:
+        return [(one, one.entry(in_use=one.inconsistent)) for one in self.entries if one.table_offset]
 
     def _write(self, bitmap: Bitmap) -> None:
         """Bits and table to free clusters."""
@@ -503,6 +559,7 @@ class Bitmaps:
             else None
         )
         write_extension(image, extension.pack() if extension is not None else None)
+        self._stored = self._entries()
         if self.directory_offset:
             clusters = -(-self.directory_size >> bits)
             image.allocator.free_now(self.directory_offset >> bits, clusters)

@@ -44,6 +44,9 @@ FEW_RUNS = 16
 MANY = 16
 #: Entries of all snapshots' L1 tables together that are looked at.
 MAX_SNAPSHOT_ENTRIES = 1 << 28
+
+#: No file has anything past this; a read there fails, where one past a shorter file's end gives zeroes.
+_FARTHEST = (1 << 63) - (1 << 30)
 #: Findings that are kept to be returned; with more, those before are told at once.
 MAX_MESSAGES = 10_000
 
@@ -243,7 +246,12 @@ class _Checker:
                 )
             elif size * 8 > MAX_L1_BYTES:
                 self._corruption(f"{where} l1_size={size:#x}: L1 table is too large; snapshot table entry corrupted")
-            elif offset + size * 8 < 1 << 63:
+            else:
+                if offset + size * 8 > _FARTHEST:
+                    # Taken for an empty table, all the snapshot's data would be leaked, and so free.
+                    self._count(offset, size * 8)
+                    notices.notice("ERROR: I/O error in check_refcounts_l1")
+                    raise BlockError.of(errno.EIO, f"the L1 table of snapshot {one.id} ({one.name}) is in no file")
                 total += size
                 if total > MAX_SNAPSHOT_ENTRIES:
                     raise self.store.error("the snapshots have more L2 tables than can be checked")

@@ -20,10 +20,12 @@ from .image import Qcow2
 from .preallocation import preallocate
 from .refcounts import encode
 from .resize import resize
+from .told import told
 
 _VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 #: Smaller header clusters have no room to spare for the feature name table.
 _FEATURE_TABLE_FROM = 8 << 10
+_SECTOR = 512
 #: Subclusters of 512 bytes are the smallest.
 MIN_EXTENDED_CLUSTER = 16384
 
@@ -56,9 +58,13 @@ def create(file: Node, size: int, options: dict[str, Any]) -> None:
     table = (2 * cluster_size).to_bytes(8, "big").ljust(cluster_size, b"\0")
     data = _create_data_file(data_name) if data_name is not None else None
     try:
-        # The header last: before it is there, this is no image at all.
-        file.pwrite(cluster_size, table + block)
-        file.pwrite(0, head)
+        # The header's sector last: before it is there, this is no image at all.
+        with told("Could not write qcow2 header"):
+            file.pwrite(_SECTOR, head[_SECTOR:])
+        with told("Could not write refcount table"):
+            file.pwrite(cluster_size, table + block)
+        with told("Could not write qcow2 header"):
+            file.pwrite(0, head[:_SECTOR])
         image = Qcow2(
             file,
             file.filename,
@@ -70,7 +76,8 @@ def create(file: Node, size: int, options: dict[str, Any]) -> None:
             # What the data file says is what the guest reads, from the start.
             preallocation = "metadata"
         if size:
-            resize(image, size, preallocation=preallocation)
+            with told("Could not resize image", nested=True):
+                resize(image, size, preallocation=preallocation)
         elif data is None:
             preallocate(image, 0, 0, preallocation)
         if encryption is not None:

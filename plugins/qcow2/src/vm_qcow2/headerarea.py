@@ -24,13 +24,17 @@ if TYPE_CHECKING:
 _SECTOR = 512
 
 
+class NoRoomError(BlockError):
+    """The header's cluster has no room for what should be in it."""
+
+
 def write_area(
     image: Qcow2, extensions: Sequence[Extension], name: bytes | None = None, *, header: Header | None = None
 ) -> None:
     """Make *extensions* and the backing file's *name* (None: as it is) those of the image, with the header's fields.
 
     *header*: another one, of another version perhaps, instead of the image's own, which it is not put in the place of.
-    Raises BlockError: ENOSPC where they do not fit into the first cluster; nothing is changed then.
+    Raises BlockError: NoRoomError where they do not fit into the first cluster; nothing is changed then.
     """
     store = image.store
     former = Header.parse(store.file.pread(0, Header.LENGTH))
@@ -45,7 +49,8 @@ def write_area(
     start = V2_LENGTH if header.version == 2 else header.header_length
     end = start + len(area) + len(name)
     if end > image.cluster_size:
-        raise BlockError.of(errno.ENOSPC)
+        raise NoRoomError.of(errno.ENOSPC)
+    former_fields = header.backing_file_offset, header.backing_file_size
     header.backing_file_offset = start + len(area) if name else 0
     header.backing_file_size = len(name)
     fixed = _fixed(header, start)
@@ -60,14 +65,18 @@ def write_area(
     if max(end, former_end) > _SECTOR:
         parked = _park(image, former_length, former_name, max(end, former_end))
     stop = parked or image.cluster_size
-    store.write(_SECTOR, head[_SECTOR:stop])
-    store.barrier()
-    store.write(0, head[:_SECTOR])
-    store.barrier()
+    try:
+        store.write(_SECTOR, head[_SECTOR:stop])
+        store.barrier()
+        store.write(0, head[:_SECTOR])
+        store.barrier()
+    except BaseException:
+        header.backing_file_offset, header.backing_file_size = parked or former_fields[0], former_fields[1]
+        raise
+    image.extensions = list(extensions)
     if parked:
         store.write(parked, head[parked:])
         store.barrier()
-    image.extensions = list(extensions)
 
 
 def _fixed(header: Header, length: int) -> bytes:
@@ -96,9 +105,12 @@ def _park(image: Qcow2, header_length: int, name: bytes, end: int) -> int:
 
 
 def change_backing(image: Qcow2, filename: str | None, format: str | None) -> None:
-    """Record another backing image (None: none). Raises BlockError: EINVAL for a name that is too long, ENOSPC."""
+    """Record another backing image (None: none). Raises BlockError: EINVAL, ENOSPC.
+
+    EINVAL: the name is too long, or the data file is raw, which holds all that the guest sees.
+    """
     name = (filename or "").encode("utf-8", "surrogateescape")
-    if len(name) > MAX_BACKING_NAME:
+    if len(name) > MAX_BACKING_NAME or (name and image.raw_data):
         raise BlockError.of(errno.EINVAL)
     others = [one for one in image.extensions if one.type != BACKING_FORMAT]
     if name and format:

@@ -7,15 +7,16 @@ what reaches the disk is the business of ``order.py``.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vm_core.block.format import BackingReference, Format, Progress
 from vm_core.block.mapping import Allocation, Kind, Mapping
-from vm_core.block.node import Node
+from vm_core.block.node import SECTOR, Node, sectors_up
 from vm_core.block.tables import load
-from vm_core.errors import ImageError
+from vm_core.errors import BlockError, ImageError
 
 from . import extensions, features, overlap
 from .allocator import Allocator
@@ -72,7 +73,10 @@ class Damage(NamedTuple):
 class Qcow2(Format):
     """One open image."""
 
-    create_failure = "Could not write qcow2 header: {}"
+    copies_ranges = True
+
+    #: What could not be done is told by who did it.
+    create_failure = "{}"
     #: How guest data is encrypted, where it is.
     encryption: Encryption | None = None
 
@@ -94,6 +98,9 @@ class Qcow2(Format):
         one it can only be described. *open_data* opens the data file: the user's, or the one of this name.
         """
         header = read_header(file, name)
+        # As in QEMU a disk has whole sectors. What lies behind the last one stays where it is, unseen.
+        self.unseen = header.size % SECTOR
+        header.size -= self.unseen
         self.file = file
         self.readonly = readonly
         self.header = header
@@ -321,6 +328,10 @@ class Qcow2(Format):
 
     # Dirty bitmaps
 
+    @property
+    def keeps_bitmaps(self) -> bool:
+        return self.geometry.version >= 3
+
     def bitmaps(self) -> Sequence[dict[str, Any]]:
         return [] if self._bitmaps is None else [one.info() for one in self._bitmaps.entries]
 
@@ -388,7 +399,7 @@ class Qcow2(Format):
         load(self, id, name)
 
     def vmstate_offset(self) -> int:
-        return self.geometry.l1_entries_for(self.size) << self.geometry.guest_bits
+        return self.geometry.l1_entries_for(self.size + self.unseen) << self.geometry.guest_bits
 
     def vmstate_reserve(self, end: int) -> None:
         from .resize import grow_l1_for_state
@@ -641,6 +652,12 @@ class Qcow2(Format):
     def allocate_encoded(self, offset: int, length: int) -> Allocation:
         return self.writer.allocate_encoded(offset, length)
 
+    def end_encoded(self) -> None:
+        """Let the file end with a sector: entries of compressed clusters count whole ones, and readers want them."""
+        end = sectors_up(self.file.size)
+        if end != self.file.size:
+            self.file.truncate(end)
+
     def zero(self, offset: int, length: int, *, unmap: bool) -> bool:
         return self.writer.zero(offset, length, unmap=unmap)
 
@@ -651,7 +668,7 @@ class Qcow2(Format):
     def sparse(self) -> bool:  # type: ignore[override]
         """Whether many more clusters are counted than the host has space for: preallocated metadata."""
         if self._sparse is None:
-            self._sparse = not self._external and self._counts_holes()
+            self._sparse = self._counts_holes()
         return self._sparse
 
     def _counts_holes(self) -> bool:
@@ -697,7 +714,7 @@ class Qcow2(Format):
             return
         if readonly:
             if not self.store.corrupt:
-                self._store_bitmaps()
+                self._store_last_bitmaps()
                 self.order.close()
         elif self.header.incompatible_features & features.CORRUPT:
             raise self.store.error("the image is marked as corrupt: it can only be opened read-only, or repaired")
@@ -713,13 +730,33 @@ class Qcow2(Format):
             self._prepare_writing(False)
 
     def close(self) -> None:
-        if not self.readonly and not self.store.corrupt:
-            self._store_bitmaps()
-            self.order.finish()
+        if self.readonly or self.store.corrupt:
+            return
+        try:
+            try:
+                self._store_last_bitmaps()
+            finally:
+                self.order.finish()
+        finally:
+            if self.store.failed or self.store.aborted:
+                from .recovery import give_back, shorten
+
+                give_back(self) if self.store.failed else shorten(self)
 
     def _store_bitmaps(self) -> None:
         if self._bitmaps is not None and self.tracking:
             self._bitmaps.store()
+
+    def _store_last_bitmaps(self) -> None:
+        """The same for the last time: what cannot be stored is told, and what was there before counts on."""
+        try:
+            self._store_bitmaps()
+        except OSError as error:
+            assert self._bitmaps is not None
+            if self._bitmaps.restore():
+                raise
+            text = f"Lost persistent bitmaps during inactivation of node '{self.store.name}': {error.strerror}"
+            raise BlockError.of(error.errno or errno.EIO, text) from error
 
     def inplace_source(self) -> Source:
         from .inplace import Qcow2Source
@@ -777,6 +814,8 @@ class Qcow2(Format):
         self.allocator = Allocator(store, self.refcounts, self.metadata)
         self.tables = Tables(store, self.allocator)
         self.tables.limit(runtime.l2_cache)
+        self.tables.clean_after(runtime.clean_interval)
+        self.tables.settle_new = old.lazy
         self.order = Order(store, self.tables, self.refcounts, self.allocator, lazy=old.lazy)
         self.order.pass_discard = old.pass_discard
         self.order.pass_discard_snapshot = old.pass_discard_snapshot

@@ -42,6 +42,8 @@ class Order:
         self.refcounts = refcounts
         self.allocator = allocator
         self.lazy = lazy
+        #: Something that is new is being made part of what the disk has.
+        self._linking = False
         #: Whether freed space is given back to the host where the guest discards.
         self.pass_discard = True
         #: The same where snapshots are deleted or left.
@@ -52,7 +54,8 @@ class Order:
     def relieve(self) -> None:
         """Write back if more is kept in memory than should be."""
         if self.tables.pressure or self.allocator.pressure or self.refcounts.pressure:
-            self.write_back()
+            self._linking = False
+            self._write_back()
             if self.lazy:
                 self.refcounts.settle()
             self.tables.trim()
@@ -60,6 +63,16 @@ class Order:
 
     def write_back(self) -> None:
         """Bring everything to stable storage. After an error it can be called again."""
+        self._linking = False
+        try:
+            self._write_back()
+        except OSError:
+            # What was taken for data that could not be written need not be there, unless the disk may point at it.
+            if self._linking or self.store.corrupt or not (self.tables.forget_empty() | self.allocator.forget_unused()):
+                raise
+            self._write_back()
+
+    def _write_back(self) -> None:
         store, tables, refcounts = self.store, self.tables, self.refcounts
         store.check_writable()
         broken = self.allocator.metadata.broken
@@ -79,10 +92,12 @@ class Order:
                 block.clean()
             # Step 2
             if not self.lazy and refcounts.unlinked:
+                self._linking = True
                 refcounts.write_links()
                 store.barrier()
-                refcounts.unlinked.clear()
+                refcounts.linked()
             # Step 3
+            self._linking = True
             linked = tables.write_linked()
             tables.write_l1()
             store.barrier()

@@ -14,10 +14,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vm_core.block.mapping import Allocation
+from vm_core.block.resize import set_aside
 
 from .emptying import last_used
 from .entries import bitmap_range
 from .geometry import COMPRESSED
+from .told import told
 
 if TYPE_CHECKING:
     from .image import Qcow2
@@ -37,10 +39,18 @@ def preallocate(image: Qcow2, start: int, end: int, mode: str, *, used: bool = F
     """
     if mode in ("falloc", "full") and not image.geometry.external:
         _in_one_piece(image, start, end, mode, used, read)
-    elif start < end:
-        _metadata(image, start, end, read)
-        if image.geometry.external and mode in ("falloc", "full"):
-            image.data.reserve(start, end - start, full=mode == "full")
+        with told("Failed to update L2 tables"):
+            image.order.write_back()
+    else:
+        if start < end:
+            with told("Allocating clusters failed"):
+                _metadata(image, start, end, read)
+                image.order.write_back()
+            if image.geometry.external and mode in ("falloc", "full"):
+                with told("Failed to resize data file", nested=True):
+                    set_aside(image.data, start, end - start, full=mode == "full")
+        with told("Failed to flush the preallocated area to disk"):
+            image.order.write_back()
 
 
 def _metadata(image: Qcow2, start: int, end: int, read: Read | None) -> None:
@@ -83,23 +93,27 @@ def _in_one_piece(image: Qcow2, start: int, end: int, mode: str, used: bool, rea
     if head:
         assert read is not None
         former = read(first << bits, head)
-    image.order.write_back()
+    with told("Failed to resize refcount structures"):
+        image.order.write_back()
     # At most so many L2 tables are new; where the range begins, one may be there in part.
     tables = -(-count // geometry.l2_entries) + 1
-    host = allocator.cover(last_used(image) + 1, count + tables)
+    with told("Failed to resize refcount structures"):
+        host = allocator.cover(last_used(image) + 1, count + tables)
     if count:
         stale = min(image.file.size - (host << bits), count << bits)
-        image.file.reserve(host << bits, count << bits, full=mode == "full")
-        if stale > 0 and mode == "falloc":
-            # The file goes on behind what is in use.
-            image.file.zero(host << bits, stale)
+        with told("Failed to resize underlying file", nested=True):
+            set_aside(image.file, host << bits, count << bits, full=mode == "full")
+            if stale > 0 and mode == "falloc":
+                # The file goes on behind what is in use.
+                image.file.zero(host << bits, stale)
     if former:
         image.storage(first << bits, host << bits).pwrite(host << bits, former)
     allocator.take(host, count)
     while count:
         index = first & geometry.l2_entries - 1
         step = min(count, geometry.l2_entries - index)
-        image.order.relieve()
+        with told("Failed to update L2 tables"):
+            image.order.relieve()
         one = Allocation(first << bits, step << bits, image.data, host << bits, True)
         if used:
             image.commit([one])

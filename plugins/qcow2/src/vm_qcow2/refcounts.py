@@ -99,6 +99,8 @@ class Refcounts:
         self.table = load("Q", store.file.pread(header.refcount_table_offset, count * 8), "big")
         #: Table entries that are not on disk yet.
         self.unlinked: set[int] = set()
+        #: An attempt was made to write those.
+        self.linking = False
         self._blocks: OrderedDict[int, RefcountBlock] = OrderedDict()
         self._cache_limit = 4
         self._shift = geometry.refblock_bits
@@ -252,9 +254,15 @@ class Refcounts:
         """Write the table entries of new blocks, which are stable by now."""
         entries = sorted(self.unlinked)
         if entries:
+            self.linking = True
             self.store.file.event("refblock_alloc_hookup")
             self.store.file.event("reftable_update")
             self.store.write_words(self.store.header.refcount_table_offset, self.table, entries[0], entries[-1] + 1)
+
+    def linked(self) -> None:
+        """The table on disk is the one here."""
+        self.unlinked.clear()
+        self.linking = False
 
     def settle(self) -> None:
         """Bring every count to stable storage. Increments of what nothing points at yet: safe at any time."""
@@ -266,7 +274,7 @@ class Refcounts:
         if self.unlinked:
             self.write_links()
             self.store.barrier()
-            self.unlinked.clear()
+            self.linked()
 
     def forget(self) -> None:
         """Drop clean blocks, after something else changed the disk."""
@@ -276,7 +284,7 @@ class Refcounts:
     def replace(self, table: array[int]) -> None:
         """*table* is the refcount table on disk from now on; nothing of the former one is kept."""
         self.table = table
-        self.unlinked.clear()
+        self.linked()
         self._blocks.clear()
 
     def forget_changes(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 from array import array
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from vm_core.block.mapping import Kind
@@ -19,6 +19,8 @@ from .emptying import trim
 from .geometry import MAX_L1_BYTES
 from .overlap import ACTIVE_L1
 from .preallocation import Read, preallocate
+from .recovery import give_back
+from .told import told
 
 if TYPE_CHECKING:
     from .image import Qcow2
@@ -58,25 +60,34 @@ def check_size(image: Qcow2, size: int, preallocation: str = "off") -> bool:
 def _grow(image: Qcow2, size: int, preallocation: str, hide: bool, read: Read | None) -> None:
     store = image.store
     header = store.header
-    former = header.size
+    former, former_data = header.size, image.data.size
     if image.raw_data and preallocation == "off":
         # Whatever the data file holds there is what the guest reads.
         preallocation = "metadata"
-    prepare_growth(image, size)
-    if store.geometry.external and (preallocation == "off" or image.data.size < size):
-        image.data.truncate(size)
-    if preallocation != "off":
-        # The size follows: what is interrupted half way is dropped when the image grows the next time.
-        header.size = size
-        try:
-            preallocate(image, former, size, preallocation, used=hide, read=read)
-            image.order.write_back()
-        except BaseException:
-            header.size = former
-            raise
-    header.size = size
-    store.write_header("size")
-    store.barrier()
+    try:
+        with told("Failed to grow the L1 table"):
+            prepare_growth(image, size)
+        if store.geometry.external and (preallocation == "off" or image.data.size < size):
+            with told("Failed to resize data file"):
+                image.data.truncate(size)
+        if preallocation != "off":
+            # The size follows: what is interrupted half way is dropped when the image grows the next time.
+            header.size = size
+            try:
+                preallocate(image, former, size, preallocation, used=hide, read=read)
+            finally:
+                header.size = former
+        with told("Failed to update the image size"):
+            store.update_header("size", size=size)
+        image.unseen = 0
+    except UsageError:
+        raise  # nothing was begun
+    except BaseException:
+        if store.geometry.external and image.data.size > former_data:
+            with suppress(OSError):
+                image.data.truncate(former_data)
+        give_back(image, former)
+        raise
 
 
 def prepare_growth(image: Qcow2, size: int) -> None:
@@ -88,7 +99,7 @@ def prepare_growth(image: Qcow2, size: int) -> None:
         raise UsageError(f"with clusters of {image.cluster_size} bytes a qcow2 image has at most {limit} bytes")
     if entries > len(image.tables.l1):
         grow_l1(image, entries)
-    _drop_from(image, image.size)
+    drop_from(image, image.size)
     image.order.write_back()
 
 
@@ -96,17 +107,22 @@ def _shrink(image: Qcow2, size: int) -> None:
     store = image.store
     unused_blocks(image)
     former = store.header.size
-    store.header.size = size
     image.order.write_back()
-    store.write_header("size")
-    store.barrier()
-    _clear_tail(image, size)
-    _drop_from(image, size, former)
-    image.order.write_back()
-    if store.geometry.external:
-        image.data.truncate(size)
-    drop_blocks(image, unused_blocks(image))
-    trim(image)
+    with told("Failed to update the image size"):
+        store.update_header("size", size=size)
+    image.unseen = 0
+    try:
+        with told("Failed to discard cropped clusters"):
+            _clear_tail(image, size)
+            drop_from(image, size, former)
+            image.order.write_back()
+        if store.geometry.external:
+            image.data.truncate(size)
+        drop_blocks(image, unused_blocks(image))
+        trim(image)
+    except BaseException:
+        give_back(image, size)
+        raise
 
 
 def unused_blocks(image: Qcow2) -> list[int]:
@@ -179,7 +195,7 @@ def _clear_tail(image: Qcow2, size: int) -> None:
                 run.storage.zero(run.host, run.length)
 
 
-def _drop_from(image: Qcow2, size: int, former: int = 0) -> None:
+def drop_from(image: Qcow2, size: int, former: int = 0) -> None:
     """Give back every cluster wholly beyond *size*, and the L2 tables of which nothing is left.
 
     An image that shrinks from *former* bytes has every table up to there made first, or copied where it is shared: the
@@ -245,10 +261,9 @@ def grow_l1(image: Qcow2, entries: int) -> None:
     if image.order.lazy:
         store.set_dirty(True)
         store.barrier()
-    header.l1_table_offset, header.l1_size = offset, entries
     store.file.event("l1_grow_activate_table")
-    store.write_header("l1_size", "l1_table_offset")
-    store.barrier()
+    # Where that fails, nobody knows which table it is: both stay taken.
+    store.update_header("l1_size", "l1_table_offset", l1_table_offset=offset, l1_size=entries)
     tables.l1 = grown
     if old_size:
         old_count = -(-old_size * 8 >> geometry.cluster_bits)

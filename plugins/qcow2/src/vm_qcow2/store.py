@@ -32,6 +32,12 @@ class Store:
         self._told = False
         #: Writes were made since the last barrier.
         self._unstable = False
+        #: Metadata could not be written at some time: what was taken for it may be counted without being in use.
+        self.failed = False
+        #: Data could not be written at some time: the file may be longer than what is in use.
+        self.aborted = False
+        #: Bytes of the file before anything was changed.
+        self.length = file.size
 
     def error(self, reason: str) -> ImageError:
         """An error about the image, to be raised."""
@@ -63,7 +69,11 @@ class Store:
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write metadata. It is stable after the next :meth:`barrier`."""
         self._unstable = True
-        self.file.pwrite(offset, data)
+        try:
+            self.file.pwrite(offset, data)
+        except BaseException:
+            self.failed = True
+            raise
 
     def write_words(self, offset: int, words: array[int], start: int = 0, stop: int | None = None) -> None:
         """Write the entries from *start* to *stop* of the table of 64-bit entries at *offset*."""
@@ -72,7 +82,11 @@ class Store:
 
     def barrier(self) -> None:
         """Return when everything written so far is stable."""
-        self.file.flush()
+        try:
+            self.file.flush()
+        except BaseException:
+            self.failed = True
+            raise
         self._unstable = False
 
     def discard(self, offset: int, length: int) -> None:
@@ -83,6 +97,24 @@ class Store:
     def write_header(self, first: str, last: str = "") -> None:
         """Write the header fields from *first* to *last*, within one sector, so that a power cut leaves old or new."""
         self.write(*self.header.pack_fields(first, last))
+
+    def update_header(self, first: str, last: str = "", **fields: int) -> None:
+        """Set *fields*, which lie from *first* to *last*, on disk too, and return when that is stable.
+
+        Where it fails they are in memory what they were; so they are on disk, too, unless that fails as well.
+        """
+        former = {name: getattr(self.header, name) for name in fields}
+        for name, value in fields.items():
+            setattr(self.header, name, value)
+        try:
+            self.write_header(first, last)
+            self.barrier()
+        except BaseException:
+            for name, value in former.items():
+                setattr(self.header, name, value)
+            with suppress(OSError):
+                self.write_header(first, last)
+            raise
 
     # Marks in the header
 

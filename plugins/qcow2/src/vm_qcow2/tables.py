@@ -237,6 +237,22 @@ class Tables:
         for index in [index for index, table in self._cache.items() if not table.dirty]:
             del self._cache[index]
 
+    def forget_empty(self) -> bool:
+        """Do without tables in which nothing is and at which nothing on disk points; returns whether there were any."""
+        assert self.allocator is not None
+        found = [
+            index
+            for index, table in self._cache.items()
+            if not table.linked and not any(table.entries) and not (table.bitmaps and any(table.bitmaps))
+        ]
+        for index in found:
+            offset = self._cache.pop(index).offset
+            # The disk may have an entry for a table that was given up.
+            self.l1[index] = 0
+            self.allocator.metadata.remove(offset >> self.geometry.cluster_bits, 1)
+            self.allocator.cancel(offset >> self.geometry.cluster_bits, 1)
+        return bool(found)
+
     def trim(self) -> None:
         """Bring the cache back to its size. Everything is clean."""
         while len(self._cache) > self._limit:

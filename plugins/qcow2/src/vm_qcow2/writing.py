@@ -321,6 +321,7 @@ class Writer:
         """See :meth:`vm_core.block.format.Format.abort`."""
         if self._external:
             return
+        self.store.aborted = True
         bits, mask = self._cluster_bits, self.geometry.cluster_size - 1
         for one in allocations:
             first = one.offset >> bits

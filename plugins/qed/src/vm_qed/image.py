@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from vm_core.block.format import BackingReference, Format
@@ -40,6 +41,10 @@ class Qed(Format):
         self.name = name
         self.tables = Tables(file, header)
         self._damaged = False
+        #: Clusters that lie last were given back: the file may be cut off there.
+        self._shorter = False
+        #: L2 tables that were made for allocations that are not committed yet, by where their clusters are.
+        self._made: dict[int, int] = {}
 
     @classmethod
     def open(cls, file: Node, options: dict[str, Any], context: OpenContext) -> Qed:
@@ -135,7 +140,10 @@ class Qed(Format):
                 old = self.file.size
                 host = self._take(span)
                 found.append(Allocation(position, span, self.file, host, fresh=True, zeroed=host >= old))
-                self._need_table(position // size // entries)
+                number = position // size // entries
+                if self.tables.l1[number] == UNALLOCATED:
+                    self._made[host] = number
+                self._need_table(number)
                 position += span
         return found
 
@@ -152,9 +160,21 @@ class Qed(Format):
         size = self.cluster_size
         for allocation in allocations:
             if allocation.fresh:
+                self._made.pop(allocation.host, None)
                 self.tables.set(allocation.offset // size, allocation.length // size, allocation.host, size)
         if self.tables.many_waiting:
             self._write_back()
+
+    def abort(self, allocations: Sequence[Allocation]) -> None:
+        # Nothing says what is free: only what lies last can be given back.
+        tables = self.tables
+        for one in reversed(allocations):
+            number = self._made.pop(one.host, None)
+            if number is not None and tables.l1[number] + self.header.table_length == tables.end:
+                tables.forget_table(number)
+            if one.fresh and one.host + one.length == tables.end:
+                tables.end = one.host
+                self._shorter = True
 
     def zero(self, offset: int, length: int, *, unmap: bool) -> bool:
         size = self.cluster_size
@@ -277,6 +297,9 @@ class Qed(Format):
 
     def _settle(self) -> None:
         self.flush()
+        if self._shorter and self.tables.end < self.file.size:
+            with suppress(OSError):  # the space is kept then
+                self.file.truncate(self.tables.end)
         if self.header.features & headers.NEED_CHECK and not self._damaged:
             self.mark(False)
             self.file.flush()

@@ -113,6 +113,13 @@ class Tables:
                 # Further pages are read as the zeroes that they are.
                 self._keep(key, array("Q", bytes(8 * self._page)))
 
+    def forget_table(self, number: int) -> None:
+        """Undo :meth:`add_table` for the table that lies last, if nothing was written of it and nothing is in it."""
+        if number in self._l1_waiting and not any(key[0] == number for key in self._waiting):
+            self.end = self.l1[number]
+            self.drop_table(number)
+            self._l1_waiting.discard(number)
+
     def set(self, cluster: int, count: int, entry: int, step: int) -> None:
         """Point *count* guest clusters from *cluster* on to *entry*, *entry* + *step*, …"""
         while count:

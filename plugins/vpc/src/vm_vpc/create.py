@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from vm_core.block.node import Node
-from vm_core.errors import UsageError
+from vm_core.errors import ImageError, UsageError
 
 from .footer import (
     COOKIE,
@@ -74,7 +74,10 @@ def create(file: Node, size: int, options: dict[str, Any]) -> None:
         uuid=new_uuid(),
     )
     if kind == "fixed":
-        file.pwrite(sectors * SECTOR, seal(footer))
+        try:
+            file.pwrite(sectors * SECTOR, seal(footer))
+        except OSError as error:
+            raise ImageError(file.filename, f"Unable to write VHD header: {error.strerror}") from error
     else:
         write_dynamic(file, footer, -(-footer.current_size // BLOCK_SIZE))
     file.flush()

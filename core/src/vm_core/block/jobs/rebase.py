@@ -88,6 +88,11 @@ class _Rebase:
             turns=self.turns,
         )
         self._release()
+        try:
+            # What was written has to be part of the image before another backing image is.
+            self.image.flush()
+        except OSError as error:
+            raise CopyError("writing", size, error) from error
         self.job.finish()
 
     # Planning

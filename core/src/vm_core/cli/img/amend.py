@@ -47,6 +47,7 @@ def run(args: list[str], tool: Tool) -> int:
     with (
         tool.progress(progress) as report,
         tool.open(names[0], image_opts=image_opts, format=format, write=True, cache=mode) as node,
+        tool.telling(),
     ):
         if wants_help(texts):
             show_amend_options(tool, node.driver)

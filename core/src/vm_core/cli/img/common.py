@@ -107,7 +107,7 @@ class Options:
             if key == "trust":
                 tool.trust.append(value)
             elif key == "progress":
-                tool.progress_mode = value
+                tool.choose_progress(value)
             else:
                 yield key, value
 
@@ -153,6 +153,14 @@ class Tool:
         extra = None if self.peer else _EXTRA
         return Options(self, Getopt(args, short, long, exact=extra, program=self.command or self.program))
 
+    def choose_progress(self, mode: str) -> None:
+        """``--progress MODE``. Raises Failure where there is no such mode: before anything is done, so to no target."""
+        from .progress import MODES
+
+        if mode not in MODES:
+            raise Failure(f"--progress {mode}: there is: {', '.join(MODES)}")
+        self.progress_mode = mode
+
     def error(self, text: str, *, end: str = "\n") -> None:
         """Print ``PROG: text`` on standard error."""
         sys.stderr.write(f"{self.program}: {text}{end}")
@@ -165,6 +173,17 @@ class Tool:
         if not self.peer:
             self.hint(advice(error))
         self.conclude()
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """An error of the body ends the program, and is told before images are closed, which may find more to say."""
+        try:
+            yield
+        except (VmError, OSError) as error:
+            if os.environ.get("VM_DEBUG"):
+                raise
+            self.tell(error)
+            raise Exit(error.code if isinstance(error, Failure) else 1) from error
 
     def conclude(self) -> None:
         """Say what :meth:`afterwards` was told."""

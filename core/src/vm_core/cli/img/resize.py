@@ -50,7 +50,7 @@ def run(args: list[str], tool: Tool) -> int:
         tool.usage("Expecting image file name and size")
     sign = text[:1] if text[:1] in ("+", "-") else ""
     amount = _amount(text[len(sign) :])
-    with tool.open(options.rest[0], image_opts=image_opts, format=format, write=True) as node:
+    with tool.open(options.rest[0], image_opts=image_opts, format=format, write=True) as node, tool.telling():
         _resize(tool, node, sign, amount, preallocation, shrink)
     return 0
 

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UsageError, VmError
-from .common import Exit, Failure, Tool, reason
+from .common import Failure, Tool, reason
 
 if TYPE_CHECKING:
     from ...block.node import Node
@@ -40,12 +40,8 @@ def run(args: list[str], tool: Tool) -> int:
         if action == "l":
             _list(node)
         elif write:
-            try:
+            with tool.telling():
                 _change(node, action, name)
-            except Failure as error:
-                # Told before the image is closed, which may find more to say.
-                tool.tell(error)
-                raise Exit(error.code) from error
     return 0
 
 
