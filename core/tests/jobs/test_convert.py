@@ -154,6 +154,22 @@ def test_zeroes_within_large_clusters_are_not_written(workers: int, tail: bytes)
     assert contents(target) == model
 
 
+def test_a_source_tells_how_much_to_read_at_once() -> None:
+    """Memory goes by what the source's format asks for, but whole clusters of the target are written at once."""
+    node = toy(8 * 1024 * K)
+    node.pwrite(0, b"x" * node.size)
+    node.format.copy_step = 256 * K
+    storage = _Written(0)
+    storage.truncate(node.size)
+    convert([node], RawNode(storage))
+    assert max(len(data) for _, data in storage.pieces) == 256 * K
+    storage = _Written(1024 * K)
+    target = toy(node.size, file=storage, cluster=1024 * K)
+    convert([node], target)
+    assert {len(data) for offset, data in storage.pieces} == {1024 * K}
+    assert contents(target) == b"x" * node.size
+
+
 def test_zeroes_overwrite_what_was_there() -> None:
     """Zeroes within clusters are written where something else lies or may lie there."""
     large = 1024 * K

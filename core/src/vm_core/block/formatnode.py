@@ -607,6 +607,12 @@ class FormatNode(ImageNode):
             self._written(offset, min(self.cluster_size, self.format.size - offset))
 
     @_as_block_errors
+    def end_encoded(self) -> None:
+        """The last :meth:`write_encoded` of a job is done. Raises BlockError as above."""
+        with self._mutex:
+            self.format.end_encoded()
+
+    @_as_block_errors
     def begin_write(self, offset: int, length: int) -> WriteTicket:
         """The first half of a write: lock the range and set host space aside for it, touching no data.
 

@@ -116,6 +116,14 @@ CASES = {
         snapshot -a b t
         snapshot -a a t
     """,
+    "bitmaps from and to images of a version without": """
+        :create -q -f qcow2 -o compat=0.10 old 1M
+        :create -q -f qcow2 new 1M
+        :bitmap --add new b0
+        convert --bitmaps -O qcow2 old t
+        convert --bitmaps -n -O qcow2 new old
+        convert --bitmaps -O qcow2 -o compat=0.10 new t
+    """,
     "bitmaps that another program left behind": """
         :create -q -f qcow2 t 1M
         :bitmap --add t b0

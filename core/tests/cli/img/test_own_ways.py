@@ -85,6 +85,17 @@ def test_every_command_has_help(name: str, tmp_path: Path) -> None:
         found = run(*words, where=tmp_path)
         assert (found.code, found.err) == (0, "")
         assert found.out.startswith(f"usage: vm-img {name} ")
+        assert max(map(len, found.out.splitlines())) <= 100
+
+
+def test_a_wrong_way_of_progress_harms_no_target(tmp_path: Path) -> None:
+    """It is refused before the target, which was an image, is made anew."""
+    (tmp_path / "source").write_bytes(b"s" * 65536)
+    (tmp_path / "target").write_bytes(b"t" * 65536)
+    for words in (("--progress", "loud", "convert"), ("convert", "--progress=loud")):
+        found = run(*words, "-f", "raw", "-O", "raw", "source", "target", where=tmp_path)
+        assert (found.code, found.err) == (1, "vm-img: --progress loud: there is: text, bar, json, none\n")
+        assert (tmp_path / "target").read_bytes() == b"t" * 65536
 
 
 def test_overview_names_commands_and_formats(tmp_path: Path) -> None:
@@ -231,6 +242,7 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path, base: Path) -> None
         ("vm-img check -r ", {"leaks", "all"}),
         ("vm-img info --output j", {"json"}),
         ("vm-img --progress j", {"json"}),
+        ("vm-img convert-inplace -O ", {"qcow2", "qed"}),
         ("vm-img info --output=j", {"--output=json"}),
         ("vm-img resize --preallocation=f", {"--preallocation=falloc", "--preallocation=full"}),
         ("vm-img verify -a b", {"blake2b"}),

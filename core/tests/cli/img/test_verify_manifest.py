@@ -171,6 +171,44 @@ def test_interrupted(
         assert one_line(err)
 
 
+_KILLED = """
+import os, signal, sys
+from vm_core.cli.img import verify
+from vm_core.cli.img.main import main
+from vm_core.block.jobs import verify as job
+die = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[1] == "hashing":
+    job.make_manifest = die
+else:
+    verify.os.fsync = die
+sys.exit(main(sys.argv[2:], program="vm-img"))
+"""
+
+
+@pytest.mark.parametrize("moment", ["hashing", "writing"])
+@pytest.mark.parametrize("old", [False, True])
+def test_killed(folder: Path, moment: str, old: bool) -> None:
+    """Whoever is killed at work leaves nothing behind, where the file system has files without names."""
+    try:
+        os.close(os.open(folder, os.O_TMPFILE | os.O_WRONLY))
+    except (OSError, AttributeError):
+        pytest.skip("no files without names here")
+    if old:
+        (folder / "m").write_text("old")
+    words = [sys.executable, "-c", _KILLED, moment, "verify", "-f", "raw", "-w", "m", "disk"]
+    assert subprocess.run(words, cwd=folder, timeout=60).returncode == -9
+    assert left(folder) == ({"disk", "m"} if old else {"disk"})
+    assert not old or (folder / "m").read_text() == "old"
+
+
+def test_without_nameless_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the file system has no files without names, a hidden one is renamed."""
+    monkeypatch.setattr(command, "_nameless", lambda folder, mode: -1)
+    assert vm_img(folder, "verify", "-f", "raw", "-w", "m", "disk")[0] == 0
+    assert vm_img(folder, "verify", "-f", "raw", "-w", "m", "disk")[0] == 0
+    assert left(folder) == {"disk", "m"}
+
+
 def test_full_standard_output(folder: Path) -> None:
     """A manifest that does not fit where it goes is an error, told in a line."""
     start = "import sys; from vm_core.cli.img.main import main; sys.exit(main(program='vm-img'))"

@@ -11,9 +11,13 @@ from pathlib import Path
 import pytest
 
 from vm_core.block import host_device
+from vm_core.block.jobs.job import Job
 from vm_core.block.node import Buffer
 from vm_core.block.raw import RawNode
 from vm_core.block.resize import grow_allocated
+from vm_core.cli.img import commit, rebase
+from vm_core.cli.img.common import Tool
+from vm_core.cli.img.main import main
 from vm_core.errors import BlockError, UsageError
 from vm_core.testing.nodes import FailingNode, MemoryNode
 
@@ -113,6 +117,35 @@ def test_rebase_and_commit(folder: Path) -> None:
     assert err.endswith("vm-img: hint: the overlay is as it was: the same command goes on\n")
     assert limited(folder, 1 << 20, "commit", "over") == (0, "")
     peer("io: -c 'read -P 7 0 4M' base", folder)
+
+
+@pytest.mark.parametrize("words", [["commit", "top"], ["rebase", "-b", "", "top"]])
+def test_an_interrupted_job_tells_what_it_left(
+    words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C in the middle: the image holds what it held, that is said, and the same command ends the work."""
+    pytest.importorskip("vm_qcow2")
+    peer("create -q -f qcow2 base 4M", folder)
+    peer("io: -c 'write -P 5 0 4M' base", folder)
+    peer("create -q -f qcow2 -b base -F qcow2 top", folder)
+    peer("io: -c 'write -P 7 0 1M' top", folder)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(folder)
+    tool = Tool("vm-img")
+    run = {"commit": commit, "rebase": rebase}[words[0]].run
+    with monkeypatch.context() as patched:
+        patched.setattr(Job, "advance", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(words[1:], tool)
+    tool.conclude()
+    assert capfd.readouterr().err.endswith("the same command goes on\n")
+    peer("io: -c 'read -P 7 0 1M' -c 'read -P 5 1M 3M' top", folder)
+    assert main(words) == 0
+    peer("check -q top", folder)
+    peer("io: -c 'read -P 7 0 1M' -c 'read -P 5 1M 3M' top", folder)
 
 
 class Full(FailingNode):

@@ -127,6 +127,11 @@ def make_zero(target: Node) -> bool:
     return False
 
 
+def _copies_ranges(node: Node) -> bool:
+    """Whether the host is to copy from or to it where that is asked for."""
+    return not isinstance(node, FormatNode) or node.format.copies_ranges
+
+
 def _in_place(image: FormatNode) -> bool:
     """Whether clusters have their places before anything is written to them."""
     return any(run.kind is Kind.DATA for run in image.map(0, min(image.size, image.cluster_size)))
@@ -156,7 +161,7 @@ class _Conversion:
         self.turns: pipeline.Turns | None = None
         #: The host shares blocks; the host copies.
         self.sharing = bool(options.sparse) and not options.compressed and self._find_sharing()
-        self.copying = options.copy_range
+        self.copying = options.copy_range and all(map(_copies_ranges, [*source.nodes, target]))
 
     def run(self) -> None:
         options = self.options
@@ -173,7 +178,7 @@ class _Conversion:
         else:
             # With a backing image parts of clusters are the driver's business: what is not written shows through.
             grain = 1 if options.backing >= 0 else min(self.cluster, STEP)
-            step = STEP
+            step = self._step(grain)
             work = self._copy
         small = self.source.size <= SMALL
         # One by one what is lost is told in order.
@@ -197,11 +202,21 @@ class _Conversion:
             turns=self.turns,
         )
         try:
+            if options.compressed:
+                assert self.image is not None
+                self.image.end_encoded()
             # What the target has only in memory may not fit on the disk any more.
             self.target.flush()
         except OSError as error:
             raise CopyError("writing", self.source.size, error) from error
         self.job.finish()
+
+    def _step(self, grain: int) -> int:
+        """Bytes of a request at most: whole clusters of the target, and what a source's format asks for."""
+        asked = [node.format.copy_step for node in self.source.nodes if isinstance(node, FormatNode)]
+        if len(asked) < len(self.source.nodes):
+            return STEP
+        return min(STEP, max([one or STEP for one in asked] + [grain]))
 
     @property
     def target_size(self) -> int:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 LONG = {"help": "h", "object:": "object", "image-opts": "image-opts"}
 
+#: What a commit that did not come to its end has left.
+_LEFT = "the overlay is as it was: the same command goes on"
+
 
 def run(args: list[str], tool: Tool) -> int:
     """``commit [-b BASE] [-d] [-r RATE] [-t CACHE] [-f FMT] [-p] FILE``."""
@@ -63,8 +66,11 @@ def run(args: list[str], tool: Tool) -> int:
                 commit(node, target, keep=keep, job=Job(progress if watched else None, rate=rate))
             except ImageError as error:
                 raise Failure(error.peer) from error
+            except KeyboardInterrupt:
+                tool.afterwards(_LEFT)
+                raise
             except (VmError, OSError) as error:
-                tool.afterwards("the overlay is as it was: the same command goes on")
+                tool.afterwards(_LEFT)
                 raise Failure(f"Block job failed: {_cause(error)}") from error
     tool.say("Image committed.")
     return 0

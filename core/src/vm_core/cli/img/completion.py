@@ -87,6 +87,9 @@ def script() -> str:
     creatable = sorted((one for one in drivers("format") if "create" in one.capabilities), key=lambda one: one.name)
     commands = {**COMMANDS, **EXTRA}
     values = {
+        "convert-inplace:-O|convert-inplace:--target-format": " ".join(
+            sorted(one.name for one in drivers("format") if "inplace" in one.capabilities)
+        ),
         "create:-f|*:-O": " ".join(one.name for one in creatable),
         "*:-f|*:-F|*:--format|*:--source-format": " ".join(formats),
         "*:-t|*:-T": _CACHE,

@@ -255,7 +255,7 @@ def _convert(tool: Tool, given: _Arguments, sources: list[Node], stack: ExitStac
             raise Failure("Use of backing file requires explicit backing format")
         _check_compression(given, options)
     if given.bitmaps:
-        _check_bitmaps(given, sources)
+        _check_bitmaps(tool, given, sources)
     cache = tool.cache(given.cache)
     fresh = stack.enter_context(tool.target(given.target)) if given.create else None
     if given.create:
@@ -282,6 +282,8 @@ def _convert(tool: Tool, given: _Arguments, sources: list[Node], stack: ExitStac
         raise Failure("Compression not supported for this file format")
     if given.compressed and target.cluster_size <= 1:
         raise Failure("invalid cluster size")
+    if given.bitmaps and not (isinstance(target, FormatNode) and target.format.keeps_bitmaps):
+        raise Failure(f"Format driver '{target.driver}' does not support bitmaps")
     below = -1
     if backing:
         below = target.backing.size if target.backing is not None else 0
@@ -374,7 +376,7 @@ def _create(tool: Tool, given: _Arguments, size: int, options: dict[str, Any]) -
 # Bitmaps
 
 
-def _check_bitmaps(given: _Arguments, sources: list[Node]) -> None:
+def _check_bitmaps(tool: Tool, given: _Arguments, sources: list[Node]) -> None:
     """Before anything is written: both formats have bitmaps, and none of the source's is broken."""
     from ...block.formatnode import FormatNode
     from ...plugins import find
@@ -388,13 +390,15 @@ def _check_bitmaps(given: _Arguments, sources: list[Node]) -> None:
     source = sources[0]
     if not isinstance(source, FormatNode) or "bitmaps" not in find("format", source.driver).capabilities:
         raise Failure("Source lacks bitmap support")
+    if not source.format.keeps_bitmaps:
+        raise Failure("Source lacks bitmap support")
     if not given.skip_broken_bitmaps:
         with source.quiesce() as driver_:
             for bitmap in reversed(driver_.bitmaps()):  # as the peer keeps them: newest first
                 if "in-use" in bitmap["flags"]:
                     raise Failure(
                         f"Cannot copy inconsistent bitmap '{bitmap['name']}'\n"
-                        "Try --skip-broken-bitmaps, or use 'qemu-img bitmap --remove' to delete it"
+                        f"Try --skip-broken-bitmaps, or use '{tool.program} bitmap --remove' to delete it"
                     )
 
 

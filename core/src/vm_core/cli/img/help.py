@@ -414,7 +414,7 @@ def _extra() -> dict[str, Command]:
 def _command_page(tool: Tool, name: str) -> str:
     command = COMMANDS.get(name) or EXTRA[name]
     lines = [
-        f"usage: {tool.program} {name} {command.syntax}",
+        *_usage(f"usage: {tool.program} {name}", command.syntax),
         "",
         f"{command.summary[0].upper()}{command.summary[1:]}.",
     ]
@@ -423,6 +423,20 @@ def _command_page(tool: Tool, name: str) -> str:
     if command.examples:
         lines += ["", "Examples:", *(f"  {tool.program} {example}" for example in command.examples)]
     return "\n".join(lines) + "\n"
+
+
+def _usage(start: str, syntax: str) -> list[str]:
+    """The line of usage, broken between options, never within one's brackets."""
+    import re
+
+    words = re.findall(r"(?:\[(?:[^][]|\[[^][]*\])*\]|\S)+", syntax)
+    lines = [start]
+    for word in words:
+        if len(lines[-1]) + 1 + len(word) > 88 and lines != [start]:
+            lines.append(f"          {word}")
+        else:
+            lines[-1] += f" {word}"
+    return lines
 
 
 def _table(rows: object) -> list[str]:

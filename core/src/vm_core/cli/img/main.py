@@ -124,7 +124,7 @@ def _run(tool: Tool, words: list[str]) -> int:
         elif key == "trust":
             tool.trust.append(value)
         elif key == "progress":
-            tool.progress_mode = value
+            tool.choose_progress(value)
         elif key == UNKNOWN:
             tool.usage(f"unrecognized option '{value}'")
         elif key == MISSING:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 LONG = {"help": "h", "object:": "object", "image-opts": "image-opts", "force-share": "U", "compress": "c"}
 
+#: What a rebase that did not come to its end has left.
+_LEFT = "the image has its former backing file and the same contents: the same command goes on"
+
 
 def run(args: list[str], tool: Tool) -> int:
     """``rebase (-u | -b FILE) [-F FMT] [-f FMT] [-c] [-p] [-t CACHE] [-T CACHE] FILE``."""
@@ -135,9 +138,12 @@ def _move(tool: Tool, node: Node, new: Node | None, compressed: bool, progress: 
     try:
         rebase(image, new, compressed=compressed, job=Job(progress))  # type: ignore[arg-type]
     except CopyError as error:
-        tool.afterwards("the image has its former backing file and the same contents: the same command goes on")
+        tool.afterwards(_LEFT)
         if error.what == "writing":
             raise Failure(f"Error while writing to COW image: {error.text}") from error
+        raise
+    except KeyboardInterrupt:
+        tool.afterwards(_LEFT)
         raise
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,8 @@ LONG = {
 FAILED, DIFFERENT, DAMAGED = 1, 2, 3
 #: Ranges that are told, at most.
 MOST = 1000
+#: How a file is opened that must be new.
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
 
 
 def run(args: list[str], tool: Tool) -> int:
@@ -154,6 +156,31 @@ def _load(path: str) -> Manifest:
         raise Failure(f"Could not open manifest '{path}': {error.strerror}") from error
 
 
+def _nameless(folder: str, mode: int) -> int:
+    """A new file in *folder* without a name, which goes with its descriptor whatever happens; -1: there is no such."""
+    flag = getattr(os, "O_TMPFILE", 0)
+    if not flag or not os.path.exists("/proc/self/fd"):
+        return -1
+    try:
+        return os.open(folder, flag | os.O_WRONLY | os.O_CLOEXEC, mode)
+    except OSError as error:
+        # What no file can be made for is told of the file with a name.
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
+            raise
+        return -1
+
+
+def _give_name(fd: int, path: str) -> int:
+    """Make the open file *fd* be at *path* too. Raises FileExistsError where something is there."""
+    folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        # A folder's descriptor has Python use linkat(), which follows the link in /proc to the file.
+        os.link(f"/proc/self/fd/{fd}", os.path.basename(path), src_dir_fd=folder, dst_dir_fd=folder)
+    finally:
+        os.close(folder)
+    return fd
+
+
 class _Target:
     """Where a manifest is written: all of it, or nothing. It is begun before the image is read, so that what cannot be
     written is told at once."""
@@ -194,18 +221,33 @@ class _Target:
                 return
             mode = stat.S_IMODE(status.st_mode)
             os.close(os.open(final, os.O_WRONLY | getattr(os, "O_CLOEXEC", 0)))  # it may not be ours to replace
-        folder, name = os.path.split(final)
-        for attempt in count():
-            partial = os.path.join(folder, f".{name[:200]}.{os.getpid()}-{attempt}.part")
-            try:
-                fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), mode)
-                break
-            except FileExistsError:
-                continue
-        self._final, self._partial = final, partial
+        self._final = final
+        fd = _nameless(os.path.dirname(final), mode)
+        if fd < 0:
+            self._partial, fd = self._new_name(lambda path: os.open(path, _NEW, mode))
         self._file = open(fd, "w", encoding="ascii")  # noqa: SIM115
         if mode != 0o666:
-            os.chmod(partial, mode)
+            os.chmod(self._partial or fd, mode)
+
+    def _new_name(self, make: Callable[[str], int]) -> tuple[str, int]:
+        """A hidden name beside the manifest that was nobody's, and what *make* gave for it."""
+        folder, name = os.path.split(self._final)
+        for attempt in count():
+            partial = os.path.join(folder, f".{name[:200]}.{os.getpid()}-{attempt}.part")
+            with suppress(FileExistsError):
+                return partial, make(partial)
+        raise AssertionError
+
+    def _enter(self, fd: int) -> None:
+        """Give the written file its name, in place of another one of that name."""
+        if not self._partial:
+            with suppress(FileExistsError):
+                _give_name(fd, self._final)
+                return
+            # Only a file with a name can take another's place.
+            self._partial, _ = self._new_name(lambda path: _give_name(fd, path))
+        os.replace(self._partial, self._final)
+        self._partial = ""
 
     def check(self, node: Node) -> None:
         """Raise Failure where the manifest would replace *node*'s image, or one below it."""
@@ -232,10 +274,9 @@ class _Target:
         with self._told():
             file.writelines(manifest.lines())
             file.flush()
-            if self._partial:
+            if self._final:
                 os.fsync(file.fileno())
-                os.replace(self._partial, self._final)
-                self._partial = ""
+                self._enter(file.fileno())
                 _sync_folder(os.path.dirname(self._final))
             self._file = None
             file.close()
