@@ -178,6 +178,46 @@ def test_convert_by_the_peer_and_here_give_equal_images(tmp_path: Path, qemu: Qe
             assert [run.host for run in walk(one)] == [run.host for run in walk(two)]
 
 
+def _without_ids(path: Path) -> tuple[int, bytes]:
+    """A descriptor's file: bytes in all, and its text without content IDs and what fills the last sector."""
+    data = path.read_bytes()
+    text = re.sub(rb"CID=[0-9a-f]+", b"CID=", data.replace(bytes(path.parent), b"")).rstrip(b"\0")
+    return len(data) if len(data) % 512 == 0 else 0, text
+
+
+@pytest.mark.parametrize("options", [{"size": "1M"}, {"size": "90G"}, {"size": "1M", "backing": "below.vmdk"}], ids=str)
+@pytest.mark.parametrize("subformat", ["monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat"])
+def test_written_descriptors_end_with_a_sector(
+    tmp_path: Path, qemu: Qemu, subformat: str, options: dict[str, str]
+) -> None:
+    """A descriptor of its own is what the peer makes of it, when new and when the image was written to."""
+    if "backing" in options and "Flat" in subformat:
+        pytest.skip("flat images have no parent")
+    extra: dict[str, Any] = {"subformat": subformat}
+    found = []
+    # Names of one length, since they are in the text.
+    for folder in (tmp_path / "theirs", tmp_path / "ourown"):
+        folder.mkdir()
+        below = folder / "below.vmdk"
+        qemu.create(below, options["size"])
+        path = folder / "disk.vmdk"
+        backing = {"backing_file": str(below), "backing_fmt": "vmdk"} if "backing" in options else {}
+        size = 1 << 20 if options["size"] == "1M" else 90 << 30
+        if folder.name == "theirs":
+            qemu.create(path, size, {**extra, **backing})
+        else:
+            create_image(str(path), "vmdk", size, {**extra, **backing})
+        found.append([_without_ids(path)])
+        if folder.name == "theirs":
+            qemu.io(path, "write -P 1 0 64k")
+        else:
+            with open_node(str(path), readonly=False) as node:
+                node.pwrite(0, b"\1" * 65536)
+        found[-1].append(_without_ids(path))
+    assert found[0] == found[1]
+    assert found[1][1][0] > 0
+
+
 def test_runs_are_long(tmp_path: Path, qemu: Qemu) -> None:
     """What was written in order is one run, across grain tables."""
     path = tmp_path / "disk.vmdk"

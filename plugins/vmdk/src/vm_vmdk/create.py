@@ -103,7 +103,10 @@ def create(file: Node, size: int, options: dict[str, Any]) -> None:
     ).text()
     data = text.encode("utf-8", "surrogateescape")
     if subformat.flat or subformat.split:
-        file.pwrite(0, data)
+        try:
+            file.pwrite(0, data)
+        except OSError as error:
+            raise ImageError(file.filename, f"Could not write description: {error.strerror}") from error
     else:
         if len(data) > DESCRIPTOR * SECTOR:
             raise UsageError(f"the descriptor would have {len(data)} bytes; there is room for {DESCRIPTOR * SECTOR}")

@@ -228,7 +228,8 @@ class NewDescriptor(NamedTuple):
 
     def text(self) -> str:
         """The descriptor, as qemu-img writes it."""
-        hint = f'parentFileNameHint="{self.parent_hint}"\n' if self.parent_hint else ""
+        # The parent's line is in the place of the empty one.
+        hint = f'parentFileNameHint="{self.parent_hint}"\n' if self.parent_hint else "\n"
         return (
             "# Disk DescriptorFile\n"
             "version=1\n"
@@ -236,7 +237,6 @@ class NewDescriptor(NamedTuple):
             f"parentCID={self.parent_cid:x}\n"
             f'createType="{self.create_type}"\n'
             f"{hint}"
-            "\n"
             "# Extent description\n"
             f"{self.extents}"
             "\n"

@@ -62,6 +62,7 @@ class Vmdk(Format):
 
     backing_format_failure = "backing_file must be a vmdk image"
     zero_parts = False
+    copy_step = 1024 * 1024
 
     def __init__(
         self, file: Node, name: str, descriptor: Descriptor, place: int, extents: Sequence[Extent], *, readonly: bool
@@ -179,7 +180,15 @@ class Vmdk(Format):
         if new is not None:
             at_byte, digits = new
             self.file.pwrite(self._place + at_byte, digits)
+            if not self._place:
+                self._fill_sector()
         self._touched = True
+
+    def _fill_sector(self) -> None:
+        """Have a descriptor of its own file end with a sector, as qemu-img leaves one that was written to."""
+        size = self.file.size
+        if size % SECTOR:
+            self.file.pwrite(size, bytes(-size % SECTOR))
 
     def _parts(self, offset: int, length: int) -> Iterator[tuple[Extent, int, int]]:
         """The extents that a write touches. Raises BlockError where one cannot be written."""
