@@ -119,3 +119,22 @@ def test_a_snapshot_that_cannot_be_read_is_not_repaired_away(image: Path, qemu: 
         with open_node(str(image), readonly=not repair) as node, pytest.raises(BlockError, match="snapshot 1"):
             node.format.check(repair=repair)  # type: ignore[attr-defined]
     assert image.read_bytes() == before
+
+
+@pytest.mark.parametrize("place", [0x94200, 0x7000000], ids=["between clusters", "past the end"])
+@pytest.mark.parametrize("repair", ["leaks", "all"])
+def test_what_a_snapshot_may_have_is_no_leak_to_repair(image: Path, qemu: Qemu, place: int, repair: str) -> None:
+    """While a snapshot's L1 table is not where it should be, nothing that may be its own is given back."""
+    qemu.io(image, "write -P 7 0 1M")
+    qemu.img("snapshot", "-c", "one", image)
+    qemu.io(image, "write -P 1 0 16M")
+    entry = word(image, 64)
+    right = image.read_bytes()[entry : entry + 8]
+    put(image, entry, place.to_bytes(8, "big"))
+    with open_node(str(image), readonly=False) as node:
+        result = node.format.check(repair=repair)  # type: ignore[attr-defined]
+    assert result["leaks"] >= 16
+    assert any("left alone" in line for line in result["messages"])
+    put(image, entry, right)
+    qemu.img("snapshot", "-a", "one", image)
+    qemu.io(image, "read -P 7 0 1M")

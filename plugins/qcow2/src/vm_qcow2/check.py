@@ -165,6 +165,8 @@ class _Checker:
         self.references = References(image.store)
         #: The refcount structures have to be made anew.
         self.rebuild = False
+        #: What points at clusters and cannot be read: they look like leaks.
+        self._unread = ""
         self._highest = 0
         #: Sound L2 tables by offset: what each of their runs takes.
         self._sound: OrderedDict[int, list[tuple[int, int]]] = OrderedDict()
@@ -182,9 +184,12 @@ class _Checker:
             if self.rebuild:
                 notices.notice("ERROR need to rebuild refcount structures")
                 raise BlockError.of(errno.EIO, "the refcount structures have to be made anew, which -r all does")
+            if self._unread and result.leaks:
+                self.fix_leaks = False
+                notices.notice(f"Leaked clusters are left alone: they may be those of {self._unread}")
             if result.leaks or result.corruptions:
                 result.corruptions, result.leaks = before
-                self._compare(fix_errors=self.fix_errors, fix_leaks=True)
+                self._compare(fix_errors=self.fix_errors, fix_leaks=self.fix_leaks)
                 self._settle()
         self._check_copied()
         result.end = self._highest + 1 << self.geometry.cluster_bits
@@ -238,8 +243,11 @@ class _Checker:
             self._corruption("ERROR snapshots in image with data file")
         total = 0
         for one in entries:
-            where = f"ERROR snapshot {one.id} ({one.name})"
+            name = f"snapshot {one.id} ({one.name})"
+            where = f"ERROR {name}"
             offset, size = one.head.l1_table_offset, one.head.l1_size
+            if offset & self.geometry.cluster_size - 1 or offset + size * 8 > self.store.file.size:
+                self._unread = name
             if offset & self.geometry.cluster_size - 1:
                 self._corruption(
                     f"{where} l1_offset={offset:#x}: L1 table is not cluster aligned; snapshot table entry corrupted"
@@ -251,7 +259,7 @@ class _Checker:
                     # Taken for an empty table, all the snapshot's data would be leaked, and so free.
                     self._count(offset, size * 8)
                     notices.notice("ERROR: I/O error in check_refcounts_l1")
-                    raise BlockError.of(errno.EIO, f"the L1 table of snapshot {one.id} ({one.name}) is in no file")
+                    raise BlockError.of(errno.EIO, f"the L1 table of {name} is in no file")
                 total += size
                 if total > MAX_SNAPSHOT_ENTRIES:
                     raise self.store.error("the snapshots have more L2 tables than can be checked")
@@ -298,6 +306,8 @@ class _Checker:
                 self._corruption(f"ERROR found L1 entry with reserved bits set: {entry:x}")
             table = entry & OFFSET_MASK
             self._count(table, self.geometry.cluster_size)
+            if table & self.geometry.cluster_size - 1 or table >= self.store.file.size:
+                self._unread = f"the L2 table at {table:#x}"
             if table & self.geometry.cluster_size - 1:
                 self._corruption(f"ERROR l2_offset={table:x}: Table is not cluster aligned; L1 entry corrupted")
             self._count_l2(table, active=active)

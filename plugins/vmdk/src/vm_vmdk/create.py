@@ -135,9 +135,10 @@ def _make_extents(file: Node, size: int, subformat: Subformat, zeroed: bool) -> 
         suffix = f"-{'f' if subformat.flat else 's'}{number:03d}" if subformat.split else "-flat"
         name = f"{stem}{suffix}{dot}{extension}"
         shown = _line_name(name)
-        node = create_storage(os.path.join(directory, name), part if subformat.flat else 0)
-        with node:
-            if not subformat.flat:
+        with create_storage(os.path.join(directory, name), 0) as node:
+            if subformat.flat:
+                node.truncate(part)  # its first block is on the disk at once, as with qemu-img
+            else:
                 make_sparse(node, part, zeroed=zeroed, stream=False)
         lines += f'RW {part // SECTOR} {"FLAT" if subformat.flat else "SPARSE"} "{shown}"'
         lines += " 0\n" if subformat.flat else "\n"

@@ -75,6 +75,7 @@ def create(file: Node, size: int, options: dict[str, Any]) -> None:
     )
     if kind == "fixed":
         try:
+            file.truncate(sectors * SECTOR)  # a new file's first block is on the disk at once, as with qemu-img
             file.pwrite(sectors * SECTOR, seal(footer))
         except OSError as error:
             raise ImageError(file.filename, f"Unable to write VHD header: {error.strerror}") from error
